@@ -50,22 +50,10 @@ def example(item: int, config: Any, text_alone: bool = False, isolated: bool = F
 
 
 class Examples(Dataset[Example]):
-    """Examples by their numbers.
+    """Examples by number: ``texts`` have no image, ``broken`` cannot be made, ``endless`` has infinite pixels."""
 
-    Args:
-        config: Configuration of the model.
-        items: How many.
-        texts: Items without an image.
-        isolated: Items whose turns do not see each other.
-        broken: An item that cannot be made, or -1.
-        endless: An item whose region's weights are infinite, or -1.
-    """
-
-    def __init__(
-        self, config: Any, items: int, texts: Any = (), isolated: Any = (), broken: int = -1, endless: int = -1
-    ) -> None:
-        self.config, self.items, self.texts, self.isolated = config, items, texts, isolated
-        self.broken, self.endless = broken, endless
+    def __init__(self, config: Any, items: int, texts: Any = (), broken: int = -1, endless: int = -1) -> None:
+        self.config, self.items, self.texts, self.broken, self.endless = config, items, texts, broken, endless
 
     def __len__(self) -> int:
         return self.items
@@ -73,7 +61,7 @@ class Examples(Dataset[Example]):
     def __getitem__(self, item: int) -> Example:
         if item == self.broken:
             raise DataError(f"record {item}: expected sense, got none")
-        made = example(item, self.config, item in self.texts, item in self.isolated)
+        made = example(item, self.config, item in self.texts)
         if item == self.endless:
             made["pixel_values"] = made["pixel_values"] * torch.inf
         return made
@@ -102,9 +90,8 @@ def collate(examples: list[Example]) -> dict[str, Any]:
 
 
 def settings(**changed: Any) -> StageConfig:
-    return StageConfig(
-        **{"batch_size": 8, "micro_batch_size": 2, "lr": 1e-2, "log_steps": 1, "save_steps": 2, **changed}
-    )
+    small = {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-2, "log_steps": 1, "save_steps": 2}
+    return StageConfig(**{**small, **changed})
 
 
 @contextmanager

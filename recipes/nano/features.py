@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from recipe import FeatureConfig
 
-from regiongpt.console import progress
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View, colours_of
+from regiongpt.environment import progress
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
 from regiongpt.storage import read_json, reason, write_json, writing

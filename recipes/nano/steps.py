@@ -21,8 +21,8 @@ from regiongpt.model import weights
 from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train.dataset import DataCollator
 from regiongpt.train.debug import POSITIONS, debug_folder, few_steps, make_language, small_model
-from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.loop import Loop
+from regiongpt.train.recipe import language_shape, tower_shape
 from regiongpt.train.stages import check_shape, create_start, save_whole, train_stage, training
 from regiongpt.train.watch import note_run
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from recipe import RECIPE, NanoRecipe
 
-from regiongpt.console import progress_shown, quiet_libraries
+from regiongpt.environment import progress_shown, quiet_libraries
 from regiongpt.errors import RegionGPTError
 
 

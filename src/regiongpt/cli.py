@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import regiongpt
-from regiongpt.console import progress_shown, quiet_libraries, tell
+from regiongpt.environment import progress_shown, quiet_libraries, tell
 from regiongpt.errors import ConfigError, RegionGPTError, naming
 from regiongpt.inference.options import (
     REGION_OPTIONS,
@@ -350,9 +350,6 @@ def _evaluate(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     for name, kind in zip(names, kinds, strict=True):
         add_options(parser, kind, f"options of {name}", required=False)
     typed = parser.parse_args(words)
-    if typed.tasks != names:
-        listed = " ".join(typed.tasks)
-        raise ConfigError(f"{typed.tasks[0]}: name the tasks before all options: `{parser.prog} {listed} ...`")
     options = read_options(RunOptions, typed)
     if typed.compare:
         return _compare(typed)

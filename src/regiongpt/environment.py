@@ -1,4 +1,4 @@
-"""The processes started together by ``torchrun`` or ``accelerate launch``, and what results are recorded with.
+"""What a run meets: its processes (``torchrun``, ``accelerate launch``), the machine, and who watches its progress.
 
 Nothing here imports PyTorch before it is needed; a single process is not connected to anything.
 """
@@ -9,8 +9,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -94,11 +95,7 @@ class Processes:
 
 
 def connect(on_cpu: bool = False) -> Processes:
-    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``.
-
-    Raises:
-        ConfigError: Several were started that cannot be connected.
-    """
+    """Connect this process to those started with it, each with a GPU of its own unless ``on_cpu``; or ConfigError."""
     if launched() > 1 and not _connected():
         import torch
 
@@ -176,3 +173,65 @@ def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": cores, "gpu": gpu, "system": f"{platform.system()} {platform.machine()}"}
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+LOG_SECONDS = 30.0
+"""Seconds between two lines of progress where standard error is no terminal."""
+
+_SHOWN: ContextVar[bool] = ContextVar("progress", default=False)
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """Within the block :func:`progress` is shown; elsewhere, as in library use, it is silent."""
+    token = _SHOWN.set(True)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def progress(items: Iterable[T], name: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """Yield items and show progress: count, rate, and time left if the total is known.
+
+    A terminal gets a bar (tqdm); anything else, such as a log file, a line every 30 seconds.
+    """
+    if not _SHOWN.get():
+        return items
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    seconds = 0.2 if terminal else LOG_SECONDS
+
+    class Lines(tqdm):  # type: ignore[misc]
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if terminal:
+                super().display(msg, pos)
+            elif msg is None and self.n:
+                print(self, file=self.fp, flush=True)
+
+    shown: Any = {"file": sys.stderr, "leave": False, "dynamic_ncols": True, "mininterval": seconds, "delay": seconds}
+    return Lines(items, desc=name, unit=f" {unit}", total=total, maxinterval=max(seconds, 10.0), **shown)
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, above a progress bar."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def quiet_libraries(progress: bool = False) -> None:
+    """Silence transformers, tokenizers and datasets, before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.disable_progress_bar()

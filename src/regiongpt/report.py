@@ -4,8 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,23 +97,13 @@ _POINTS: Final = 300
 _SMOOTHED_FROM: Final = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A curve of a line chart; ``exact`` for a schedule, which is not smoothed as a measurement is."""
-
-    name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    exact: bool = False
-
-
-def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step") -> Markup:
-    """Curves over one axis as a ``<figure>``; empty where there is nothing to draw, or no matplotlib.
+def line_chart(title: str, curves: Mapping[str, Mapping[int, Any]], x_label: str = "step") -> Markup:
+    """Curves, each y by x, over one axis as a ``<figure>``; empty where there is nothing to draw, or no matplotlib.
 
     A measurement of many points is drawn faint under its moving average.
     """
-    known = [(curve, np.asarray(curve.xs, float), np.asarray(curve.ys, float)) for curve in curves]
-    drawn = [(curve, xs[np.isfinite(ys)], ys[np.isfinite(ys)]) for curve, xs, ys in known if np.isfinite(ys).any()]
+    known = [(name, np.array(list(curve), float), np.array([*curve.values()], float)) for name, curve in curves.items()]
+    drawn = [(name, xs[np.isfinite(ys)], ys[np.isfinite(ys)]) for name, xs, ys in known if np.isfinite(ys).any()]
     if not drawn or find_spec("matplotlib") is None:
         return Markup("")
     from matplotlib import rc_context
@@ -123,14 +112,14 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "step") -> Ma
     with rc_context(_SETTINGS):
         figure = Figure((4.6, 2.5 + 0.2 * -(-len(drawn) // 2)), layout="constrained")
         axes = figure.add_subplot()
-        for number, (curve, xs, ys) in enumerate(drawn):
+        for number, (name, xs, ys) in enumerate(drawn):
             colour, some = f"C{number}", slice(None, None, -(-len(xs) // _POINTS))
-            if not curve.exact and len(ys) >= _SMOOTHED_FROM:
+            if len(ys) >= _SMOOTHED_FROM:
                 axes.plot(xs[some], ys[some], color=colour, alpha=0.28, linewidth=0.8)
                 span = np.ones(2 * max(2, len(ys) // 40) + 1)
                 ys = np.convolve(ys, span, "same") / np.convolve(np.ones(len(ys)), span, "same")
-            name, marker = f"{curve.name} {ys[-1]:.4g}", "." if len(ys) == 1 else ""
-            axes.plot(xs[some], ys[some], color=colour, linewidth=1.5, label=name, marker=marker)
+            told, marker = f"{name} {ys[-1]:.4g}", "." if len(ys) == 1 else ""
+            axes.plot(xs[some], ys[some], color=colour, linewidth=1.5, label=told, marker=marker)
         axes.set_xlabel(x_label)
         axes.locator_params(axis="x", nbins=5, integer=all(float(x).is_integer() for _, xs, _ in drawn for x in xs))
         axes.grid(axis="y", alpha=0.3)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from regiongpt.errors import ConfigError
+from regiongpt.errors import ConfigError, short
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -132,8 +132,7 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "value_error" and not isinstance(given, str | int | float):  # about several fields
         return f"{where}: {first['ctx']['error']}".removeprefix(": ")
     message = first["msg"].removeprefix("Value error, ")
-    shown = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:77]}..."
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {shown}".removeprefix(": ")
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {short(given)}".removeprefix(": ")
 
 
 def add_options(

@@ -150,8 +150,7 @@ def digest(*parts: Any) -> str:
 def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder, made if it is missing, for this process; the lock ends with the block or the process.
 
-    Raises:
-        ConfigError: Another process holds it, and ``wait`` is not given; the message names it.
+    Where another process holds it, ``wait`` for that, or raise ConfigError with its name.
     """
     folder = Path(folder)
     with writing(folder):

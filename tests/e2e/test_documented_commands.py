@@ -84,19 +84,21 @@ def test_a_document_does_what_it_says(path: Path, photographs: Path, monkeypatch
     for block in blocks(path):
         if block.language not in RUNNABLE or block.note == "not run":
             continue
-        if block.language == "python":
-            run_python(block, path, namespace)
+        if block.language == "python":  # in the names that earlier snippets left, with line numbers that lead to it
+            code = compile("\n" * block.line + block.body, str(path), "exec")
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(code, namespace)
             continue
         for command, shown in commands(block):
-            code, printed = run_command(command)
+            ended, printed = run_command(command)
             expected = 2 if shown.startswith("regiongpt: error:") else 0
-            assert code == expected, f"{block.place}: {command!r} ended with {code}:\n{printed}"
+            assert ended == expected, f"{block.place}: {command!r} ended with {ended}:\n{printed}"
             if block.language == "console" and not block.note:
                 assert printed.strip() == shown.strip(), f"{block.place}: {command!r} prints something else"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_every_block_can_be_run_or_says_why_not(path: Path) -> None:
+def test_every_block_can_be_run_or_says_why_not_and_links_lead_somewhere(path: Path) -> None:
     found = list(blocks(path))
     for block in found:
         assert block.language in RUNNABLE + SHOWN, f"{block.place}: name one of {RUNNABLE + SHOWN} behind the fence"
@@ -105,10 +107,6 @@ def test_every_block_can_be_run_or_says_why_not(path: Path) -> None:
     notes = len(re.findall(r"<!--\s*(?:not run|output not compared)", text))
     assert notes == sum(bool(block.note) for block in found), f"{path}: a note gives no reason, or no block follows it"
 
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target} is not there"
@@ -167,10 +165,3 @@ def run_command(command: str) -> tuple[int, str]:
         except SystemExit as leaving:  # argparse's way out of --help
             code = int(leaving.code or 0)
     return code, printed.getvalue()
-
-
-def run_python(block: Block, path: Path, namespace: dict[str, Any]) -> None:
-    """One snippet, in the names that the document's earlier ones left, with line numbers that lead to it."""
-    code = compile("\n" * block.line + block.body, str(path), "exec")
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(code, namespace)

@@ -34,18 +34,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten pictures with a red cat and a blue dog each, as rectangles, in COCO's format; and the records of them."""
     root = tmp_path_factory.mktemp("pictures")
     draw_pictures(root, 10, "instances.json")
-    convert_coco(root / "instances.json", root / "images", root / "coco")
-    talk = Turn(task="chat", question="Two and two?", answer="Four.")
-    texts = [
-        Record(id=f"talk/{n}", source="jsonl", image="", width=0, height=0, regions=(), turns=(talk,)) for n in range(3)
-    ]
+    coco: Any = load_converter("coco")
+    convert(coco(instances=(root / "instances.json",), images=root / "images"), root / "coco")
+    empty: Any = {"source": "jsonl", "image": "", "width": 0, "height": 0, "regions": ()}
+    empty["turns"] = (Turn(task="chat", question="Two and two?", answer="Four."),)
+    texts = [Record(id=f"talk/{n}", **empty) for n in range(3)]
     write_records(root / "talk", texts, Rejects(), source="jsonl", images=".", inputs=[], arguments={})
     (root / "both.toml").write_text('[[parts]]\nrecords = "coco"\ncap = 6\n[[parts]]\nrecords = "talk"\n')
     return root
-
-
-def convert_coco(instances: Path, images: Path, out: Path) -> None:
-    convert(load_converter("coco")(instances=(instances,), images=images), out)  # type: ignore[call-arg]
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +77,9 @@ def test_pictures_are_converted_inspected_and_trained_on(
     records = RecordSet(pictures / "coco")
     assert len(records) == 10
     assert list(check(records, load_processor(start))) == []
+    words = [f"--data.mixture={pictures / 'coco'}", "--stage2.lr=0.01", "--stage2.epochs=4", *SMALL]
     with caplog.at_level(logging.INFO):
-        code = run(
-            start, tmp_path, f"--data.mixture={pictures / 'coco'}", "--stage2.lr=0.01", "--stage2.epochs=4", *SMALL
-        )
-    assert code == 0
+        assert run(start, tmp_path, *words) == 0
     assert "stage2: 10 records an epoch: coco 10 of 10" in caplog.text
     losses = [float(loss) for loss in re.findall(r"stage2: step \d+ of 10, loss ([0-9.]+)", caplog.text)]
     assert len(losses) == 10
@@ -133,16 +127,6 @@ def test_a_run_does_not_go_on_with_other_records_seed_or_adapters(
     monkeypatch.chdir(pictures)
     assert run(start, finished, "--data.mixture=both.toml", "--stage2.epochs=2", *SMALL, word) == 2
     assert what in capsys.readouterr().err
-
-
-def test_a_record_that_cannot_be_used_is_named(
-    pictures: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mixture = tmp_path / "moved.toml"
-    mixture.write_text('[[parts]]\nrecords = "coco"\nimages = "nowhere"\n')
-    assert run(start, tmp_path / "out", f"--data.mixture={mixture}", f"--data.root={pictures}", *SMALL) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"coco, record coco/\d+.*: .*there is no such file", error)
 
 
 def test_the_second_stage_of_a_new_model_is_refused_before_the_model_is_made(

@@ -2,8 +2,8 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,40 +11,22 @@ from pictures import draw_pictures
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.cli import main
-from regiongpt.data.records import Record, RecordRegion, Turn
-from regiongpt.data.shards import Rejects, write_records
+from regiongpt.data.sources import convert, load_converter
 from regiongpt.model import weights
-from regiongpt.regions import Region
-from regiongpt.train.watch import read_lines, write_report
+from regiongpt.train.watch import read_lines
 
 RECIPE = Path(__file__).parents[2] / "configs" / "finetune_records.toml"
-SMALL = [
-    "--from-scratch",
-    "--stage2.batch_size=4",
-    "--stage2.micro_batch_size=2",
-    "--stage2.save_steps=2",
-    "--stage2.epochs=2",
-]
-WATCHED = ["--watch.dev_steps=4", "--watch.tensorboard=true", "--stage2.log_steps=2"]
+STAGE = ("batch_size=4", "micro_batch_size=2", "save_steps=2", "epochs=2")
+SMALL = ["--from-scratch", *(f"--stage2.{each}" for each in STAGE)]
+WATCHED = ["--watch.dev_steps=4", "--stage2.log_steps=2"]
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
-    draw_pictures(root, 6, "instances.json")
-    cat = RecordRegion(region=Region.box(4, 4, 30, 40), category="cat")
-    turns = (
-        Turn(task="classify", answer="cat", regions=(1,), label_set="COCO-80", guided=True),
-        Turn(task="caption", answer="a red cat", regions=(1,)),
-    )
-    made = [
-        Record(id=f"p/{n}", source="s", image=f"{n}.png", width=96, height=64, regions=(cat,), turns=turns)
-        for n in range(1, 7)
-    ]
-    talk = Turn(task="chat", question="Two and two?", answer="Four.")
-    made.append(Record(id="talk", source="s", image="", width=0, height=0, regions=(), turns=(talk,)))
-    images = str(root / "images")
-    write_records(root / "records", made, Rejects(), source="s", images=images, inputs=[], arguments={"seed": 0})
+    draw_pictures(root, 8, "instances.json")
+    coco: Any = load_converter("coco")
+    convert(coco(instances=(root / "instances.json",), images=root / "images"), root / "records")
     return root / "records"
 
 
@@ -72,31 +54,29 @@ def test_the_page_tells_of_the_run_and_needs_no_other_file(runs: dict[str, Path]
     page = (runs["watched"] / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
     assert "stage2 is finished" in page
-    for title in ("Loss", "Loss by task", "Learning rate", "Gradient norm", "Recipe", "Data"):
+    for title in ("Loss", "Loss by task", "Gradient norm", "Recipe", "Data"):
         assert title in page
-    assert page.count("<svg") >= 4
+    assert page.count("<svg") >= 3
     notes = json.loads((runs["watched"] / "run.json").read_text())
     assert notes["starts"][0]["packages"]["torch"] in page
-    assert notes["data"]["dev"]["records"] == "7 records an epoch: records 7 of 7"
+    assert notes["data"]["dev"]["records"] == "8 records an epoch: records 8 of 8"
     assert notes["data"]["dev"]["records"] in page
     for field in ("micro_batch_size", "init", "packing", "rank"):
         assert f"<dt>{field}</dt>" in page
 
 
+@pytest.mark.parametrize("notes", [None, "[]", "{", '{"starts": 3}'])
 def test_the_page_of_a_run_that_was_killed_is_made_of_what_there_is(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    notes: str | None, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "killed"
-    shutil.copytree(runs["watched"], out)
-    (out / "report.html").unlink()
-    log = out / "stage2" / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(lines[:2]) + lines[2][:30])
-    (out / "run.json").unlink()
-    assert main(["train", "--report", str(out)]) == 0
-    assert capsys.readouterr().out.strip() == str(out / "report.html")
-    page = (out / "report.html").read_text()
-    assert "stage2 has done step 2 of 4" in page
+    lines = (runs["watched"] / "stage2" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "log.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    if notes is not None:
+        (tmp_path / "run.json").write_text(notes)
+    assert main(["train", "--report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert "stage2 has done step 2 of 4" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,20 +96,3 @@ def test_a_folder_that_holds_no_run_is_named_and_one_without_a_step_has_a_page(
     assert main(["train", "--report", str(tmp_path)]) == (2 if said else 0)
     assert said in capsys.readouterr().err
     assert said or "stage1 has not started" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize("notes", ["[]", "{", '{"starts": 3}'])
-def test_notes_that_are_not_those_of_a_run_are_left_out(notes: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "stage2").mkdir()
-    shutil.copy(runs["plain"] / "stage2" / "log.jsonl", tmp_path / "stage2")
-    (tmp_path / "run.json").write_text(notes)
-    assert "stage2 is finished" in write_report(tmp_path).read_text()
-
-
-def test_a_loss_that_was_no_number_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
-    lines = read_lines(runs["plain"] / "stage2" / "log.jsonl")
-    lines[2]["loss"] = lines[2]["grad_norm"] = "nan"
-    (tmp_path / "stage2").mkdir()
-    (tmp_path / "stage2" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[:3]))
-    page = write_report(tmp_path).read_text()
-    assert "the loss was no finite number at step 3" in page

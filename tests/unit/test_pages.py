@@ -10,7 +10,7 @@ from PIL import Image
 
 from regiongpt import report
 from regiongpt.errors import DataError
-from regiongpt.report import Curve, line_chart
+from regiongpt.report import line_chart
 
 
 def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
             parts.facts([("<name>", "<text>")]),  # type: ignore[attr-defined]
             parts.turn("Is <region1> <b>?", "no <region2"),  # type: ignore[attr-defined]
             report.picture(Image.new("RGBA", (2000, 1000), "red"), '"alt"'),
-            line_chart("<t>", [Curve(name="<c>", xs=[1, 2], ys=[1.0, 2.0])]),
+            line_chart("<t>", {"<c>": {1: 1.0, 2: 2.0}}),
         ]
     )
     report.write_page(tmp_path / "page.html", "base.html", title="<title>", made="<made>", body=body)
@@ -40,7 +40,7 @@ def test_a_page_needs_nothing_else_and_escapes_what_it_is_given(tmp_path: Path) 
 def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     monkeypatch.setitem(report._environment().globals, "has_charts", False)
-    assert line_chart("t", [Curve(name="n", xs=[1], ys=[1.0])]) == ""
+    assert line_chart("t", {"n": {1: 1.0}}) == ""
     assert "matplotlib" in report.render("base.html", title="t", made="m", body="")
 
 
@@ -48,4 +48,4 @@ def test_a_page_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monk
     "ys", [[math.nan, math.inf], [1.0, 1.0], [0.0, 0.0], [-1.0, -2.0], [1e-30, 2e30], [3.0], [5.0, math.nan, 6.0], []]
 )
 def test_any_values_can_be_drawn(ys: list[float]) -> None:
-    assert bool(line_chart("t", [Curve(name="n", xs=list(range(len(ys))), ys=ys)])) == any(map(math.isfinite, ys))
+    assert bool(line_chart("t", {"n": dict(enumerate(ys))})) == any(map(math.isfinite, ys))

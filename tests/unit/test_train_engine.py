@@ -1,6 +1,5 @@
-"""One stage of training: the same however it is spread, packed or stopped; checkpoints are whole; mistakes are told."""
+"""One stage of training: the same however it is spread, packed or stopped; its logs and checkpoints; mistakes."""
 
-import json
 import logging
 import os
 import random
@@ -22,17 +21,12 @@ from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.model import RegionGPTForConditionalGeneration
 from regiongpt.train.checkpoint import Checkpoints
-from regiongpt.train.dataset import answer_loss
+from regiongpt.train.dataset import TASKS, answer_loss, task_numbers
 from regiongpt.train.loop import StepBatches, targets_in
-from regiongpt.train.packing import (
-    PackedCollate,
-    attends_in_units,
-    plan_rows,
-    require_packable,
-    units_on_cpu,
-)
+from regiongpt.train.packing import PackedCollate, attends_in_units, plan_rows, require_packable, units_on_cpu
 from regiongpt.train.recipe import EngineConfig, LoraConfig, WatchConfig
-from regiongpt.train.stages import add_adapters, merge_adapters
+from regiongpt.train.stages import choose_learners, merge_adapters
+from regiongpt.train.watch import DEV, LOG, Watch, read_lines
 
 SCRIPT = Path(__file__).parents[1] / "learning.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -49,7 +43,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_lines(folder / LOG)]
 
 
 # -- which conversation comes when -------------------------------------------------------------------------------------
@@ -165,8 +159,7 @@ def test_bfloat16_learns_about_the_same_and_keeps_its_weights_in_float32(tmp_pat
 def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path) -> None:
     watch = WatchConfig(keep=1, dev_steps=2, dev_items=5)
     model, trainer = learn(tmp_path, stage=settings(lr=0.3, save_steps=100), watch=watch, dev=5)
-    lines = map(json.loads, (tmp_path / "dev.jsonl").read_text().splitlines())
-    measured = {line["step"]: line["loss"] for line in lines}
+    measured = {line["step"]: line["loss"] for line in read_lines(tmp_path / DEV)}
     best = min(measured, key=measured.__getitem__)
     assert sorted(measured) == [2, 4]
     assert trainer.progress.best_step == best
@@ -182,54 +175,147 @@ def test_the_weights_with_the_lowest_dev_loss_are_taken_and_kept(tmp_path: Path)
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def put(folder: Path, step: int, keep: int = 5, best: int | None = None) -> None:
-    def fill(path: Path) -> None:
-        (path / "stage.json").write_text('{"settings": {}}')
-
-    Checkpoints(folder, keep, Processes()).write(step, fill, best)
-
-
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, Processes())
     for step in (5, 10, 15, 100):
-        put(tmp_path, step, keep=2, best=5)
+        checkpoints.write(step, lambda path: None, best=5)
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-15", "checkpoint-5"]
-    assert Checkpoints(tmp_path, 2, Processes()).newest() == tmp_path / "checkpoint-100"
+    assert checkpoints.newest() == tmp_path / "checkpoint-100"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "told"), [(300, "log.jsonl: cannot be"), (20_000, "checkpoint-2: cannot be")])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(room: int, told: str, tmp_path: Path) -> None:
     learn(tmp_path / "enough")
-    with full_disk(20_000), pytest.raises(DataError, match="checkpoint-2: cannot be written"):
+    with full_disk(room), pytest.raises(DataError, match=f"{told} written: .*File too large"):
         learn(tmp_path / "full")
-    assert not [name for name in names(tmp_path / "full") if "checkpoint" in name]
+    assert not names(tmp_path / "full")
     learn(tmp_path / "full")
     assert losses(tmp_path / "full") == losses(tmp_path / "enough")
 
 
-def test_going_on_is_as_if_it_had_not_stopped_and_other_settings_are_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    stage = settings(save_steps=1)
-    expected, _ = learn(tmp_path / "whole", stage=stage, watch=WatchConfig(keep=9), texts=(4, 5))
-    for step in (1, 3):
-        out = tmp_path / f"from{step}"
-        shutil.copytree(tmp_path / "whole", out)
-        for later in range(step + 1, 5):
-            shutil.rmtree(out / f"checkpoint-{later}")
-        with caplog.at_level(logging.INFO):
-            model, _ = learn(out, stage=stage, watch=WatchConfig(keep=9), texts=(4, 5))
-        assert f"going on from {out}/checkpoint-{step}" in caplog.text
-        assert_close(weights_of(model), weights_of(expected), 0)
-        assert losses(out) == losses(tmp_path / "whole")
-    with pytest.raises(ConfigError, match=r"other settings: lr = 0.02, it has 0.01; use those"):
-        learn(tmp_path / "whole", stage=settings(lr=0.02))
-    with pytest.raises(ConfigError, match=r"items = 40, it has 32"):
-        learn(tmp_path / "whole", stage=stage, items=40)
-    with pytest.raises(CheckpointError, match=r"linear_1.weight: expected \[64, 32\], got"):
-        learn(tmp_path / "whole", stage=stage, text_config=text_config(hidden_size=64))
+DROPOUT: dict[str, Any] = {"text_config": text_config(attention_dropout=0.1), "watch": WatchConfig(keep=9)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run of four steps, whose dropout draws random numbers, with all of its checkpoints; and its weights."""
+    out = tmp_path_factory.mktemp("whole")
+    model, _ = learn(out, stage=settings(save_steps=1), texts=(4, 5), **DROPOUT)
+    return out, weights_of(model)
+
+
+def stopped(finished: tuple[Path, Any], out: Path, step: int) -> Path:
+    """The same run as it was after a step, killed as it wrote the next checkpoint."""
+    shutil.copytree(finished[0], out)
+    (out / f"checkpoint-{step + 1}").rename(out / ".unfinished-1-checkpoint")
+    for later in range(step + 2, 5):
+        shutil.rmtree(out / f"checkpoint-{later}")
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_going_on_is_as_if_it_had_not_stopped(step: int, finished: Any, tmp_path: Path, caplog: Any) -> None:
+    out = stopped(finished, tmp_path / "run", step)
+    with caplog.at_level(logging.INFO):
+        model, _ = learn(out, stage=settings(save_steps=1), texts=(4, 5), **DROPOUT)
+    assert f"going on from {out}/checkpoint-{step}" in caplog.text
+    assert_close(weights_of(model), finished[1], 0)
+    assert losses(out) == losses(finished[0])
+    assert not list(out.glob(".unfinished-*"))
+    assert {path.suffix for path in (out / "checkpoint-4").iterdir()} == {".json", ".safetensors"}  # nothing that runs
+
+
+def test_some_settings_may_change_on_going_on(finished: Any, tmp_path: Path, caplog: Any) -> None:
+    out = stopped(finished, tmp_path / "run", 2)
+    stage = settings(save_steps=3, log_steps=4, micro_batch_size=4)
+    with caplog.at_level(logging.INFO):
+        learn(out, stage=stage, dev=3, **{**DROPOUT, "watch": WatchConfig(keep=1, dev_steps=3)})
+    assert names(out) == ["checkpoint-3", "checkpoint-4"]
+    assert [line["step"] for line in read_lines(out / DEV)] == [3, 4]
+    told = [text.split(",")[0] for text in caplog.messages if text.startswith("stage2: step")]
+    assert told == ["stage2: step 4 of 4"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "told"),
+    [
+        ({"stage": settings(lr=0.02)}, ConfigError, r"other settings: lr = 0.02, it has 0.01; use those"),
+        ({"items": 40}, ConfigError, "items = 40, it has 32"),
+        ({"text_config": text_config(hidden_size=64)}, CheckpointError, r"linear_1.weight: expected \[64, 32\], got"),
+    ],
+)
+def test_other_settings_data_or_models_are_refused(changed: Any, error: Any, told: str, finished: Any) -> None:
+    with pytest.raises(error, match=told):
+        learn(finished[0], **{"stage": settings(save_steps=1), **DROPOUT, **changed})
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("stage.json", each) for each in (b"", b'{"step": 2}', b"[]")),
+        ("random-0.json", b""),
+        *(("tensors.safetensors", each) for each in (b"", b"\x10\0\0\0\0\0\0\0{}")),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(file: str, content: bytes, finished: Any, tmp_path: Path) -> None:
+    out = stopped(finished, tmp_path / "run", 2)
+    (out / "checkpoint-2" / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2"):
+        learn(out, stage=settings(save_steps=1), **DROPOUT)
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_has_its_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        learn(tmp_path, items=45, stage=settings(log_steps=3, save_steps=100, warmup_ratio=0.0))
+    lines = read_lines(tmp_path / LOG)
+    assert [(line["step"], line["of"]) for line in lines] == [(step, 6) for step in range(1, 7)]
+    for line in lines:
+        parts = line["tasks"].values()
+        assert line["loss"] == pytest.approx(sum(each["loss"] * each["targets"] for each in parts) / line["targets"])
+        assert sum(each["targets"] for each in parts) == line["targets"] == 4 * line["examples"]
+        assert set(line["tasks"]) == {TASKS[0], TASKS[1]}
+        assert line["examples"] == line["images"] == (8 if line["step"] < 6 else 5)
+        assert line["grad_norm"] > 0
+        assert 0 <= line["wait"] <= line["seconds"]
+    rates = [0.01, 0.00933, 0.0075, 0.005, 0.0025, 0.00067]
+    assert [line["lr"]["visual"] for line in lines] == pytest.approx(rates, abs=5e-6)
+    told = [text for text in caplog.messages if text.startswith("stage2: step")]
+    assert [text.split(",")[0] for text in told] == [f"stage2: step {step} of 6" for step in (1, 3, 6)]
+    assert "tokens/s" in told[2]
+    assert told[2].endswith("00:00 left")
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "loss": 1', '{"step"', "\0\0\0\0", "\n\n", '{"step": 4}'])
+def test_a_log_is_cut_to_the_step_that_is_gone_on_from(tail: str, tmp_path: Path) -> None:
+    path, watch = tmp_path / DEV, Watch("stage2", tmp_path, 1)
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + tail)
+    watch.start(3)
+    watch.measured(4, float("nan"))
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": None}]
+    watch.start(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("length", "tasks", "expected"),
+    [
+        (10, ["caption", "presence", "riddle"], "--cc-p----"),
+        (5, ["caption", "presence"], "--cc-"),  # the last turns may not have fitted
+        (2, ["caption"], "--"),
+        (10, ["caption"], "--cc------"),
+    ],
+)
+def test_targets_know_their_task(length: int, tasks: list[str], expected: str) -> None:
+    labels = torch.tensor([-100, -100, 5, 6, -100, 7, -100, -100, 8, 9])[:length]
+    numbers = {"-": -1, "c": TASKS.index("caption"), "p": TASKS.index("presence")}
+    assert task_numbers(labels, tasks).tolist() == [numbers[each] for each in expected]
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -255,10 +341,15 @@ def test_a_record_that_cannot_be_used_is_told_in_its_own_words(workers: int, tmp
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
-def run(out: Path, *words: Any, processes: int = 1, steps: int = 10) -> dict[str, torch.Tensor]:
+def command(out: Path, *words: Any, processes: int = 1) -> list[str]:
+    """Ten steps, the last one short."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
-    command = [sys.executable, *launcher, SCRIPT, out, "--items", 8 * steps - 3, *words]
-    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return [str(word) for word in (sys.executable, *launcher, SCRIPT, out, "--items", 77, *words)]
+
+
+def run(out: Path, *words: Any, processes: int = 1) -> dict[str, torch.Tensor]:
+    given: Any = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(command(out, *words, processes=processes), check=False, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     state: dict[str, torch.Tensor] = torch.load(out / "weights.pt")
     return state
@@ -297,13 +388,13 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_losses(
     one_process: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     out, expected = one_process
-    command = [str(word) for word in (sys.executable, SCRIPT, tmp_path, "--items", 77, *TEXTS)]
     drawn, kills = random.Random(4), 0
     for _ in range(2):
-        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(tmp_path.glob("checkpoint-*")):
-            time.sleep(0.005)
-        time.sleep(drawn.uniform(0.0, 1.0))
+        process = subprocess.Popen(command(tmp_path, *TEXTS), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        before = {*tmp_path.glob("checkpoint-*")}
+        while process.poll() is None and before.issuperset(tmp_path.glob("checkpoint-*")):
+            time.sleep(0.001)
+        time.sleep(drawn.uniform(0.0, 0.2))
         kills += process.poll() is None
         process.kill()
         process.wait()
@@ -322,7 +413,7 @@ def test_a_merged_model_answers_as_its_adapters_did(tied: bool, tmp_path: Path) 
     language = model.language_model
     inputs = tiny_inputs(model.config, [1, 2])
     words = language.get_input_embeddings().weight.detach().clone()
-    add_adapters(language, LoraConfig(rank=2))
+    assert choose_learners("stage2", model, LoraConfig(rank=2))
     for name, parameter in language.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

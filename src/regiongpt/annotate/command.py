@@ -8,9 +8,9 @@ from regiongpt.annotate.engine import Run, scorer_of
 from regiongpt.annotate.options import Captions, Filters, Options
 from regiongpt.annotate.output import Output
 from regiongpt.annotate.plan import works
-from regiongpt.console import tell
 from regiongpt.data.shards import CROWD, require_data_extra
 from regiongpt.data.sources import AnnotatedImages
+from regiongpt.environment import tell
 from regiongpt.errors import ConfigError
 from regiongpt.storage import Store, locked
 

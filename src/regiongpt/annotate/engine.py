@@ -17,8 +17,8 @@ from PIL import Image
 from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt, window
-from regiongpt.console import progress
 from regiongpt.drawing import draw_regions
+from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.storage import Store

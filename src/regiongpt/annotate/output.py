@@ -20,7 +20,7 @@ from regiongpt.data.sources import AnnotatedImages
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.report import Curve, line_chart, picture, render, write_page
+from regiongpt.report import line_chart, picture, render, write_page
 from regiongpt.storage import Store, locked, new_folder, sha256, write_file, write_json, writing
 
 _FILES: Final = ("captions", "records", "llava.jsonl", "webdataset", "README.md", "index.html", "manifest.json")
@@ -194,7 +194,7 @@ class Output:
             "made": "; ".join(f"{name} {value}" for name, value in self.noted["fingerprint"].items()),
         }  # fmt: skip
         write_file(folder / "README.md", render("captions_card.md", **told))
-        kept, different = zip(*self._growth, (counts["kept"], len(self._vocabulary)), strict=True)
+        growth = dict([*self._growth, (counts["kept"], len(self._vocabulary))])
         write_page(
             folder / "index.html", "annotations.html", **told, modes=MODES,
             facts=[
@@ -207,7 +207,7 @@ class Output:
                 ("cost", f"{cost:,.4f}"),
                 ("regions a second", f"{len(gaps) / max(seconds, 1e-9):,.2f} over {seconds:,.1f} s of work"),
             ],
-            growth=line_chart("Vocabulary growth", [Curve(name="different words", xs=kept, ys=different)], "captions"),
+            growth=line_chart("Vocabulary growth", {"different words": growth}, "captions"),
             histograms=[
                 ("Words a caption, from", sorted(self._lengths.items())),
                 ("Similarity of crop and caption, about", sorted(self._fits.items())),

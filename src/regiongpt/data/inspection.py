@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from regiongpt.console import progress
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
 from regiongpt.drawing import check_picture, draw_regions, save_picture
+from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError, naming
 from regiongpt.images import load_image
 from regiongpt.prompts import PLACEHOLDER

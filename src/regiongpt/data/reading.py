@@ -12,8 +12,8 @@ from typing import Annotated, Any, Final, Self, TypeGuard
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from regiongpt.console import progress
 from regiongpt.data.shards import Fault, Rejects
+from regiongpt.environment import progress
 from regiongpt.errors import DataError, short
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA

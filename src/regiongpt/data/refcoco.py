@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from regiongpt.console import progress
 from regiongpt.data.coco import InstancesFile, is_crowd
 from regiongpt.data.reading import (
     APART,
@@ -32,6 +31,7 @@ from regiongpt.data.reading import (
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import Fault, Rejects
 from regiongpt.data.sources import Converter
+from regiongpt.environment import progress
 from regiongpt.errors import DataError, short
 from regiongpt.prompts import NO_MATCH, region_answer
 from regiongpt.regions import Region

@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Final
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
-from regiongpt.console import progress
 from regiongpt.data.coco import Frame, Instance, InstancesFile, Shapes, crowd_hint, read_captions
 from regiongpt.data.reading import Words, is_unicode
 from regiongpt.data.records import Record, RecordRegion, Turn
@@ -34,6 +33,7 @@ from regiongpt.data.shards import (
     require_data_extra,
     write_records,
 )
+from regiongpt.environment import progress
 from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.prompts import LABEL_SETS
 from regiongpt.regions import Region

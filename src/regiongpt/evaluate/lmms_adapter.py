@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from regiongpt.console import progress, progress_shown
-from regiongpt.environment import launched
+from regiongpt.environment import launched, progress, progress_shown
 from regiongpt.errors import DataError, short
 from regiongpt.images import load_image
 from regiongpt.regions import Region

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pydantic import ConfigDict
 
 import regiongpt
-from regiongpt.console import progress
 from regiongpt.data.reading import known_size
 from regiongpt.data.shards import file_identity
-from regiongpt.environment import Processes, commit, connect, launched, machine, versions
+from regiongpt.environment import Processes, commit, connect, launched, machine, progress, versions
 from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, SAMPLED, TaskRun, read_object, write_report
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task, listed

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from regiongpt.console import progress, quiet_libraries, tell
 from regiongpt.data.coco import (
     annotated_box,
     entry_of,
@@ -31,6 +30,7 @@ from regiongpt.data.coco import (
 from regiongpt.data.reading import MALFORMED, stated_size
 from regiongpt.data.shards import Fault, Rejects
 from regiongpt.drawing import draw_regions, save_picture
+from regiongpt.environment import progress, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import SUFFIXES, load_image, open_image
 from regiongpt.inference.options import (

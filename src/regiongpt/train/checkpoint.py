@@ -156,10 +156,7 @@ class Checkpoints:
         return self.processes.from_first(find)
 
     def write(self, step: int, fill: Callable[[Path], None], best: int | None = None) -> None:
-        """Write a checkpoint atomically, then remove old ones; DataError if it cannot be written.
-
-        All processes call it; ``fill`` writes the files into the given folder, in the first.
-        """
+        """Write a checkpoint, atomically and in the first process by ``fill``, then remove old ones; all call it."""
 
         def write() -> None:
             with new_folder(self.path(step)) as unfinished:

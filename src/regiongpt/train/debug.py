@@ -20,8 +20,7 @@ from regiongpt.errors import ConfigError
 from regiongpt.prompts import closed_set_suffix
 from regiongpt.regions import Region
 from regiongpt.storage import locked, write_json, writing
-from regiongpt.train.known import language_shape, tower_shape
-from regiongpt.train.recipe import ModelConfig, Recipe
+from regiongpt.train.recipe import ModelConfig, Recipe, language_shape, tower_shape
 from regiongpt.train.stages import create_start, save_whole, train_tokenizer
 
 IMAGES, WIDTH, HEIGHT, POSITIONS = 12, 96, 64, 512

@@ -43,19 +43,12 @@ def decisive_settings(config: StageConfig) -> dict[str, Any]:
 
 
 class Loop:
-    """Trains the parameters of a model that require gradients, in as many processes as were started together.
+    """Trains, in place, the parameters of a model that require gradients, in all processes that were started together.
 
-    Args:
-        name: Name of the stage in the log.
-        model: Trained in place. If it is sharded, the first process alone has it afterwards.
-        dataset: The whole run; one pass over it is the stage. ``name_of(item)``, if it has that, names bad records.
-        collate: Makes a padded batch.
-        loss: A sum over targets, divided by the number of them in the whole optimiser step.
-        config, engine, watch: As in a recipe.
-        folder: Folder of the stage's checkpoints and logs.
-        seed: Seed of dropout; the data set has its own.
-        dev: Dev data. The weights with the lowest dev loss are restored at the end.
-        made_of: What else a checkpoint in the folder must share for the stage to resume from it, as plain values.
+    ``name`` stands in the log, ``folder`` takes checkpoints and logs, ``seed`` is that of dropout. One pass over
+    ``dataset`` is the stage; its ``name_of(item)``, if it has that, names bad records. The weights with the lowest loss
+    on ``dev`` are restored at the end. A checkpoint in the folder must share ``made_of``, plain values, to resume from
+    it. Of a sharded model the first process alone has the weights afterwards.
     """
 
     def __init__(
@@ -95,7 +88,7 @@ class Loop:
             checkpoint.require_settings(folder, self.settings)
             if self.processes.is_first:
                 log.info("%s: going on from %s", name, self.begin)
-        self.watcher = Watch(name, folder, self.watch, config.log_steps)
+        self.watcher = Watch(name, folder, config.log_steps)
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.units: Any = nullcontext()
@@ -370,8 +363,13 @@ def shard(module: StageModule) -> None:
     # Weights of regions are exact areas, and stay float32; autocast decides on the rest.
     kind = torch.bfloat16 if module.half_products else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in (*decoder_layers(module.model), module):
-        fully_shard(layer, mp_policy=policy)
+    language: Any = getattr(module.model, "language_model", module.model)
+    count = language.config.get_text_config().num_hidden_layers
+    found = (part for part in language.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    if (layers := next(found, None)) is None:
+        raise ConfigError(f"engine.sharding: {type(language).__name__} has no list of {count} layers; give 'ddp'")
+    for part in (*layers, module):
+        fully_shard(part, mp_policy=policy)
 
 
 @torch.no_grad()
@@ -388,16 +386,6 @@ def put_together(module: nn.Module, first: bool) -> None:
                     full = full.cpu() if first else torch.empty_like(full, device="meta")
                     whole[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
                 part._parameters[name] = whole[id(parameter)]
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the language model, alone or inside RegionGPT; ConfigError if not found."""
-    language: Any = getattr(model, "language_model", model)
-    count = language.config.get_text_config().num_hidden_layers
-    for part in language.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == count:
-            return list(part)
-    raise ConfigError(f"engine.sharding: {type(language).__name__} has no list of {count} layers; give 'ddp'")
 
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:

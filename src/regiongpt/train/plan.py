@@ -1,7 +1,7 @@
 """Estimated cost of a recipe: ``regiongpt train RECIPE --plan``. Nothing is downloaded and no weights are loaded.
 
-Parameters are exact; so is the number of records if they are at hand. Tokens per record are those of the recipe's
-[plan]. FLOPs leave out padding; time is FLOPs divided by an assumed share of the GPU's peak.
+Parameters and their memory are exact; so is the number of records if they are at hand. Tokens per record are those of
+the recipe's [plan]. FLOPs leave out padding; time is FLOPs divided by an assumed share of the GPU's peak.
 """
 
 import math
@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regiongpt.data.shards import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration
-from regiongpt.train.known import GPUS, language_shape, tower_shape
-from regiongpt.train.recipe import Recipe
+from regiongpt.train.recipe import GPUS, Recipe, language_shape, tower_shape
 from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
 _PARTS = ("vision_tower", "refinement", "connector", "language_model")
@@ -34,7 +33,7 @@ class StagePlan:
     targets: int  # how many of these are supervised
     steps: int
     flops: dict[str, float]
-    memory: dict[str, float]  # bytes on each GPU
+    memory: dict[str, float]  # bytes on each GPU, activations aside
     seconds: float
 
 
@@ -66,7 +65,7 @@ def plan_text(config: Recipe, stages: Sequence[StagePlan]) -> str:
             f"  data        {stage.items:,} conversations of {stage.tokens:,} tokens, {stage.targets:,} supervised",
             f"  steps       {stage.steps:,} of {getattr(config, stage.name).batch_size} conversations",
             f"  compute     {_listed(stage.flops, 1e15, 'PFLOP')}",
-            f"  memory      {_listed(stage.memory, 2.0**30, 'GiB')}; each GPU has {gpu.memory:g} GiB"
+            f"  memory      {_listed(stage.memory, 2.0**30, 'GiB')}; activations in the rest of {gpu.memory:g} GiB"
             + (": too little" if sum(stage.memory.values()) > gpu.memory * 2**30 else ""),
             f"  time        {stage.seconds / 3600:,.1f} hours",
             "",
@@ -93,8 +92,7 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
             raise
     items, tokens = max(1, round(stage.epochs * records)), shape.num_image_tokens + size.text_tokens
     engine, gpus, gpu = config.engine, config.plan.gpus, GPUS[config.plan.gpu]
-    rounds, rest = divmod(stage.batch_size, stage.micro_batch_size * gpus)
-    if rest:
+    if stage.batch_size % (stage.micro_batch_size * gpus):
         raise ConfigError(
             f"{name}.batch_size: {stage.batch_size} is not a multiple of micro_batch_size={stage.micro_batch_size} "
             f"times {gpus} GPUs; give another --{name}.micro_batch_size or --plan.gpus"
@@ -118,7 +116,9 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
     }
     if engine.gradient_checkpointing:
         flops["again"] = items * tokens * costs.forward_token + attention * costs.square / 3
-    micro = stage.micro_batch_size
+    trained = sum(learns for _, learns in parameters.values())
+    # Weights, gradients and both moments of AdamW in float32; FSDP spreads all of them over the GPUs.
+    share = 4.0 / (gpus if engine.sharding == "fsdp" else 1)
     return StagePlan(
         name=name,
         parameters=parameters,
@@ -127,12 +127,16 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
         targets=size.answer_tokens,
         steps=math.ceil(items / stage.batch_size),
         flops=flops,
-        memory=_memory(config, model, tokens, micro * tokens, micro * size.answer_tokens, rounds),
+        memory={
+            "weights": share * sum(total for total, _ in parameters.values()),
+            "gradients": share * trained,
+            "optimiser": share * 2 * trained,
+        },
         seconds=sum(flops.values()) / (gpus * gpu.utilisation * gpu.peak(engine.precision)),
     )
 
 
-# -- FLOPs and memory
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
 
 
 class Costs(NamedTuple):
@@ -155,6 +159,7 @@ def costs_of(model: Any) -> Costs:
         features = torch.zeros(1, config.vision_config.hidden_size, *config.tower_grid)
     linear = [p for name, p in model.language_model.named_modules() if isinstance(p, nn.Linear) and ".layers." in name]
     trained = model.get_output_embeddings().weight.requires_grad
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     with FlopCounterMode(display=False) as tower:
         copy.encode_image(pixels)
     with FlopCounterMode(display=False) as visual:
@@ -165,45 +170,7 @@ def costs_of(model: Any) -> Costs:
         # Backward once for the input, and once more for the weight if that is trained.
         token=sum(2.0 * each.weight.numel() * (3 if each.weight.requires_grad else 2) for each in linear),
         # Query by key, and by value; forward, and back for both.
-        square=3 * 4.0 * text.num_hidden_layers * _attention_width(text),
+        square=3 * 4.0 * text.num_hidden_layers * text.num_attention_heads * head,
         target=2.0 * text.hidden_size * text.vocab_size * (3 if trained else 2),
         forward_token=sum(2.0 * each.weight.numel() for each in linear),
     )
-
-
-def _attention_width(text: Any) -> int:
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(text.num_attention_heads * width)
-
-
-def _memory(config: Recipe, model: Any, width: int, tokens: int, targets: int, rounds: int) -> dict[str, float]:
-    """Bytes on one GPU: weights, gradients and both moments of AdamW in float32, and what the forward pass saves."""
-    gpus, half, text = config.plan.gpus, 2 if config.engine.precision == "bf16" else 4, model.config.text_config
-    total = sum(each.numel() for each in model.parameters())
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    count, hidden, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
-    language = list(model.language_model.named_parameters())
-    layer = sum(each.numel() for name, each in language if ".layers." in name) / count
-    held, gradients, optimiser = 4.0 * total, 4.0 * trained, 8.0 * trained
-    if config.engine.sharding == "fsdp" and gpus > 1:
-        # All but the layers is gathered for the whole pass; of the layers one, while the next is fetched.
-        held = held / gpus + half * (total - (count - 2) * layer)
-        # Gradients are summed over the GPUs once per step; until then each holds them whole.
-        gradients = gradients / gpus + (gradients if rounds > 1 else half * 2 * layer)
-        optimiser /= gpus
-    elif gpus > 1:
-        gradients *= 2  # DDP's buckets
-    # A layer saves for each token what comes into norms, trained products, attention and the gated activation. In
-    # bfloat16 each product has a copy of its input; in float32 those of the same input share it.
-    learns = any(each.requires_grad for _, each in language)
-    inputs = ((3 if half == 4 else 6) * hidden + inner) * learns
-    norms = 8 * hidden * (2 if model.get_input_embeddings().weight.requires_grad else 1)
-    kept = tokens * (norms + half * (inputs + 4 * _attention_width(text) + 3 * inner + width))
-    activations = kept + 4 * count * hidden * tokens if config.engine.gradient_checkpointing else count * kept
-    activations += tokens * 16 * hidden  # word embeddings, what is seen in their place, the last norm
-    activations += targets * 3 * 4 * text.vocab_size  # the logits' logarithms and gradients
-    cells, connector = math.prod(model.config.tower_grid) * model.config.feature_channels, model.connector
-    refined = 16 * 2.75 * cells if model.refinement.deconvolves else cells
-    outputs = model.config.feature_channels + 2 * connector.linear_1.out_features
-    activations += tokens / width * 4 * (refined + model.config.num_image_tokens * outputs)
-    return {"weights": held, "gradients": gradients, "optimiser": optimiser, "activations": activations}

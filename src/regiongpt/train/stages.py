@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.shards import Mixture, open_mixture
@@ -29,9 +29,8 @@ from regiongpt.prompts import IMAGE_TOKEN, REGION_TOKEN, chat_template, closed_s
 from regiongpt.storage import locked, new_folder, read_json
 from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
-from regiongpt.train.known import language_shape, tower_shape
 from regiongpt.train.loop import Loop, decisive_settings
-from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe
+from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe, language_shape, tower_shape
 from regiongpt.train.watch import note_run, report_what_there_is
 
 log = logging.getLogger(__name__)
@@ -142,12 +141,8 @@ def train_stage(
 ) -> Path:
     """Train a checkpoint for one stage, unless that has been done; returns the folder of the finished checkpoint.
 
-    Args:
-        config: A recipe, which has the stage's settings as its field ``name``.
-        name: Name of the stage; in ``stage2`` the language model learns too.
-        start: Folder of the checkpoint to begin with.
-        prepare: Makes ``dataset``, ``collate``, ``loss`` and ``dev`` of a :class:`Loop`, given model and processor.
-        made_of: As for :class:`Loop`.
+    Its settings are the recipe's field ``name``; in ``stage2`` the language model learns too. ``prepare`` makes
+    ``dataset``, ``collate``, ``loss`` and ``dev`` of a :class:`Loop`, given model and processor.
     """
     folder, processes = config.out / name, Processes()
     finished = folder / "model"
@@ -319,26 +314,20 @@ def keep_freed_memory() -> None:
 
 
 def choose_learners(stage: str, model: Any, config: LoraConfig) -> bool:
-    """Freeze or train the language model, or add adapters to it; True if there are any, to be merged at the end."""
-    model.language_model.requires_grad_(stage == "stage2")
-    adapts = stage == "stage2" and config.rank > 0
+    """Freeze or train the language model, or put adapters beside its linear layers, to be merged at the end: True."""
+    language, adapts = model.language_model, stage == "stage2" and config.rank > 0
+    language.requires_grad_(stage == "stage2" and not adapts)
     if adapts:
-        add_adapters(model.language_model, config)
+        try:
+            from peft import LoraConfig as PeftConfig
+            from peft import inject_adapter_in_model
+        except ImportError as error:
+            raise ConfigError("lora: peft is not installed; run: pip install '.[train]'") from error
+        given: Any = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+        inject_adapter_in_model(PeftConfig(**given, target_modules="all-linear"), language)
+        for name, parameter in language.named_parameters():
+            parameter.requires_grad_("lora_" in name)
     return adapts
-
-
-def add_adapters(language_model: nn.Module, config: LoraConfig) -> None:
-    """Put adapters beside the linear layers but the head, in place; they alone require gradients afterwards."""
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError("lora: peft is not installed; run: pip install '.[train]'") from error
-    given: Any = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-    language_model.requires_grad_(False)
-    inject_adapter_in_model(PeftConfig(**given, target_modules="all-linear"), language_model)
-    for name, parameter in language_model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
 
 
 def merge_adapters(language_model: Any) -> None:

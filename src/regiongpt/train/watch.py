@@ -2,12 +2,10 @@
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,16 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from regiongpt.environment import commit, launched, machine, versions
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
-from regiongpt.report import Curve, line_chart, short, write_page
-from regiongpt.storage import read_json, reason, write_file, write_json, writing
+from regiongpt.errors import DataError, RegionGPTError
+from regiongpt.report import line_chart, short, write_page
+from regiongpt.storage import finite, read_json, reason, write_file, write_json, writing
 from regiongpt.train.dataset import TASKS
-from regiongpt.train.recipe import Recipe, WatchConfig
+from regiongpt.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-LOG, DEV, EVENTS = "log.jsonl", "dev.jsonl", "tensorboard"
-"""In a stage's folder: every step, measurements on dev data; and TensorBoard's files."""
+LOG, DEV = "log.jsonl", "dev.jsonl"
+"""In a stage's folder: every step, and measurements on dev data."""
 PAGE, RUN = "report.html", "run.json"
 """In a run's folder: its page; its recipe, data and starts."""
 
@@ -37,11 +35,8 @@ _PLAIN: Final = ("loss", "examples", "tokens", "images", "targets")
 def tally(loss: Tensor, losses_N: Tensor | None, tasks_N: Tensor | None, counts: tuple[int, int, int]) -> Tensor:
     """A micro-batch's part of its step's log line, on the loss's device: :func:`read_tally` reads the sum.
 
-    Args:
-        loss: Its share of the step's loss.
-        losses_N: (N,) cross-entropy of each target, not divided by anything; None if it is not known.
-        tasks_N: (N,) place in :data:`TASKS` of each target, -1 for none.
-        counts: Number of conversations, tokens without padding, and images.
+    For each of N targets: its cross-entropy, not divided by anything, and its task's place in :data:`TASKS` or -1.
+    ``counts``: conversations, tokens without padding, and images.
     """
     row = torch.zeros(len(_PLAIN) + 2 * len(TASKS), dtype=torch.float64, device=loss.device)
     row[0] = loss.double()
@@ -63,29 +58,18 @@ def read_tally(row: Sequence[float]) -> dict[str, Any]:
 class Watch:
     """Writes the log of a stage: a line of ``log.jsonl`` per step, and every ``log_steps`` one for people."""
 
-    def __init__(self, name: str, folder: Path, config: WatchConfig, log_steps: int) -> None:
-        if config.tensorboard and find_spec("tensorboard") is None:
-            raise ConfigError("watch.tensorboard: TensorBoard is not installed; run: pip install '.[train]'")
-        self.name, self.folder, self.tensorboard, self.log_steps = name, folder, config.tensorboard, log_steps
-        self._files = [StepLog(folder / LOG), StepLog(folder / DEV)]
-        self._board: Any = None
+    def __init__(self, name: str, folder: Path, log_steps: int) -> None:
+        self.name, self.folder, self.log_steps = name, folder, log_steps
         self._untold: list[dict[str, Any]] = []
 
     def start(self, step: int) -> None:
-        """Open the logs and remove lines after the step to resume from."""
-        for file in self._files:
-            file.cut(step)
-        if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(self.folder / EVENTS, purge_step=step + 1)
+        """Remove lines after the step to resume from, and incomplete ones."""
+        for path in (self.folder / LOG, self.folder / DEV):
+            write_file(path, "".join(_line(line) for line in read_lines(path) if line["step"] <= step))
 
     def step(self, line: dict[str, Any]) -> None:
-        """Write the line of a step."""
-        scalars = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
-        scalars |= {f"lr/{name}": value for name, value in line["lr"].items()}
-        scalars |= {"loss/all": line["loss"], "gradient/norm": line["grad_norm"]}
-        self._write(self._files[0], line, scalars)
+        """Write the line of a step; DataError if the disk is full."""
+        _append(self.folder / LOG, line)
         self._untold.append(line)
         step, steps = line["step"], line["of"]
         if step in (1, steps) or step % self.log_steps == 0:
@@ -99,30 +83,7 @@ class Watch:
 
     def measured(self, step: int, loss: float) -> None:
         """Write the dev loss after a step."""
-        self._write(self._files[1], {"step": step, "loss": loss}, {"dev/loss": loss})
-
-    def _write(self, file: "StepLog", line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
-        file.write(line)
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, line["step"])
-            self._board.flush()
-
-
-class StepLog:
-    """A file of JSON lines, each of a step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def cut(self, step: int) -> None:
-        """Remove lines after a step and incomplete ones."""
-        write_file(self.path, "".join(_line(line) for line in read_lines(self.path) if line["step"] <= step))
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line; DataError if the disk is full."""
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(line))
+        _append(self.folder / DEV, {"step": step, "loss": loss})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -140,12 +101,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(line))
+
+
 def _line(values: Mapping[str, Any]) -> str:
-    """JSON; NaN and infinity, which it lacks, as strings."""
-    text = json.dumps(values, ensure_ascii=False)
-    if "NaN" in text or "Infinity" in text:
-        text = json.dumps(json.loads(text, parse_constant=lambda name: str(float(name))), ensure_ascii=False)
-    return f"{text}\n"
+    return f"{json.dumps(finite(values), ensure_ascii=False)}\n"
 
 
 # -- a run as a page ---------------------------------------------------------------------------------------------------
@@ -178,11 +140,7 @@ def _read_notes(out: Path) -> dict[str, Any]:
 
 
 def write_report(out: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not, and name it.
-
-    Raises:
-        DataError: The folder holds no log of a run, or one that cannot be read; the page cannot be written.
-    """
+    """Write ``report.html`` into the folder of a run, finished or not, and name it; DataError where there is no log."""
     # nano's recipe trains its language model first.
     stages = sorted(out.glob(f"*/{LOG}"), key=lambda path: (not path.parent.name.startswith("language"), path))
     if not stages:
@@ -223,30 +181,23 @@ def _state(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
         return f"{name} has not started"
     done, steps = lines[-1]["step"], lines[-1]["of"]
     seconds, tokens = (sum(line[field] for line in lines) for field in ("seconds", "tokens"))
-    last = [float(line["loss"]) for line in lines[-max(1, round(0.05 * len(lines))) :]]
+    last = [line["loss"] for line in lines[-max(1, round(0.05 * len(lines))) :]]
     state = f"{name} is finished" if done >= steps else f"{name} has done step {done:,} of {steps:,}"
     state += f": {steps:,} steps, loss {sum(last) / len(last):.4f} (mean of the last {len(last)}), "
-    state += f"{short(tokens)} tokens in {tqdm.format_interval(seconds)}, {short(tokens / seconds)} per second"
-    bad = [line["step"] for line in lines if not math.isfinite(float(line["loss"]))]
-    return f"{state}; the loss was no finite number at step {bad[0]:,}" if bad else state
+    return state + f"{short(tokens)} tokens in {tqdm.format_interval(seconds)}, {short(tokens / seconds)} per second"
 
 
 def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Sequence[Markup]:
-    def curve(name: str, values: Mapping[int, Any], exact: bool = False) -> Curve:
-        return Curve(name=name, xs=list(values), ys=[float(y) for y in values.values()], exact=exact)
-
-    training, measured = ({line["step"]: line["loss"] for line in each} for each in (lines, dev))
-    norms = {line["step"]: line["grad_norm"] for line in lines}
+    training, measured, norms = (
+        {line["step"]: line[field] for line in each}
+        for each, field in ((lines, "loss"), (dev, "loss"), (lines, "grad_norm"))
+    )
     tasks: dict[str, dict[int, float]] = {}
-    rates: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, each in line["tasks"].items():
             tasks.setdefault(name, {})[line["step"]] = each["loss"]
-        for name, rate in line["lr"].items():
-            rates.setdefault(name, {})[line["step"]] = rate
     return [
-        line_chart("Loss", [curve("training", training), curve("dev", measured)]),
-        line_chart("Loss by task", [curve(*each) for each in sorted(tasks.items())]),
-        line_chart("Learning rate", [curve(*each, exact=True) for each in sorted(rates.items())]),
-        line_chart("Gradient norm, before clipping", [curve("norm", norms)]),
+        line_chart("Loss", {"training": training, "dev": measured}),
+        line_chart("Loss by task", dict(sorted(tasks.items()))),
+        line_chart("Gradient norm, before clipping", {"norm": norms}),
     ]
