@@ -427,3 +427,17 @@ def test_a_merged_model_answers_as_its_adapters_did(tied: bool, tmp_path: Path) 
         torch.testing.assert_close(again(**inputs).logits, adapted, rtol=1e-5, atol=1e-5)
     head = again.get_output_embeddings().weight
     assert (head is again.get_input_embeddings().weight) == tied
+
+
+def test_tensorboard_has_the_same_numbers_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options: dict[str, Any] = {"watch": WatchConfig(tensorboard=True, keep=9, dev_steps=2), "dev": 3}
+    learn(tmp_path, **options)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    learn(tmp_path, **options)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = read_lines(tmp_path / "log.jsonl")
+    assert [event.step for event in events.Scalars("loss/all")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("dev/loss")] == [2, 4]
+    assert [event.value for event in events.Scalars("loss/all")] == pytest.approx([line["loss"] for line in lines])

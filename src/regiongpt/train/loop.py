@@ -88,7 +88,7 @@ class Loop:
             checkpoint.require_settings(folder, self.settings)
             if self.processes.is_first:
                 log.info("%s: going on from %s", name, self.begin)
-        self.watcher = Watch(name, folder, config.log_steps)
+        self.watcher = Watch(name, folder, config.log_steps, self.watch.tensorboard)
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.units: Any = nullcontext()

@@ -159,6 +159,8 @@ class WatchConfig(Settings):
     """Optimiser steps between measurements of the dev loss; 0 for none."""
     dev_items: Count = 64
     """Conversations in a measurement."""
+    tensorboard: bool = False
+    """Also log to TensorBoard."""
 
 
 class DataSize(Settings):

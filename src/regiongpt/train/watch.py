@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from regiongpt.environment import commit, launched, machine, versions
-from regiongpt.errors import DataError, RegionGPTError
+from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.report import line_chart, short, write_page
 from regiongpt.storage import finite, read_json, reason, write_file, write_json, writing
 from regiongpt.train.dataset import TASKS
@@ -58,18 +58,27 @@ def read_tally(row: Sequence[float]) -> dict[str, Any]:
 class Watch:
     """Writes the log of a stage: a line of ``log.jsonl`` per step, and every ``log_steps`` one for people."""
 
-    def __init__(self, name: str, folder: Path, log_steps: int) -> None:
-        self.name, self.folder, self.log_steps = name, folder, log_steps
+    def __init__(self, name: str, folder: Path, log_steps: int, tensorboard: bool = False) -> None:
+        self.name, self.folder, self.log_steps, self.tensorboard = name, folder, log_steps, tensorboard
         self._untold: list[dict[str, Any]] = []
+        self._board: Any = None
 
     def start(self, step: int) -> None:
         """Remove lines after the step to resume from, and incomplete ones."""
         for path in (self.folder / LOG, self.folder / DEV):
             write_file(path, "".join(_line(line) for line in read_lines(path) if line["step"] <= step))
+        if self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError("watch.tensorboard: TensorBoard is not installed: pip install '.[train]'") from None
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
 
     def step(self, line: dict[str, Any]) -> None:
         """Write the line of a step; DataError if the disk is full."""
-        _append(self.folder / LOG, line)
+        scalars = {f"loss/{name}": each["loss"] for name, each in line["tasks"].items()}
+        scalars |= {f"lr/{name}": value for name, value in line["lr"].items()}
+        self._write(LOG, line, {**scalars, "loss/all": line["loss"], "gradient/norm": line["grad_norm"]})
         self._untold.append(line)
         step, steps = line["step"], line["of"]
         if step in (1, steps) or step % self.log_steps == 0:
@@ -83,7 +92,14 @@ class Watch:
 
     def measured(self, step: int, loss: float) -> None:
         """Write the dev loss after a step."""
-        _append(self.folder / DEV, {"step": step, "loss": loss})
+        self._write(DEV, {"step": step, "loss": loss}, {"dev/loss": loss})
+
+    def _write(self, name: str, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        _append(self.folder / name, line)
+        if self._board is not None:
+            for title, value in scalars.items():
+                self._board.add_scalar(title, value, line["step"])
+            self._board.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
