@@ -213,6 +213,24 @@ class Region(ABC):
         """The smallest box x0, y0, x1, y1 around the part inside the image."""
         return self._resolve(width, height).bounds
 
+    def close_up(self, width: int, height: int, margin: float, least: float) -> tuple[int, int, int, int]:
+        """A half-open window x0, y0, x1, y1 of the image around the region.
+
+        Args:
+            width: Width of the image in pixels.
+            height: Its height.
+            margin: Room on each side, as a share of the region's bounds.
+            least: Least side in pixels, as far as the image has them.
+        """
+        x0, y0, x1, y1 = self.bounds(width, height)
+        sides = []
+        for low, high, size in ((x0, x1, width), (y0, y1, height)):
+            length = min(size, max((high - low) * (1 + 2 * margin), least))
+            start = min(max((low + high - length) / 2, 0), size - length)
+            sides.append((math.floor(start), min(size, math.ceil(start + length))))
+        (left, right), (top, bottom) = sides
+        return left, top, right, bottom
+
     def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
         """Exact area (H, W) of the region, clipped to the image, inside each cell of a grid, in square pixels.
 

@@ -33,8 +33,8 @@ from transformers import (
 from regiongpt import Region
 from regiongpt.annotate.captioners import Captioner, Reply, Request, make_captioner
 from regiongpt.annotate.filters import judge, least_of_share, why_not
-from regiongpt.annotate.options import MODES, Captions, Filters, Options
-from regiongpt.annotate.plan import WORDING, context, draw, region_prompt, window
+from regiongpt.annotate.options import MODES, Filters, Options
+from regiongpt.annotate.plan import WORDING, context, draw, region_prompt
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
 from regiongpt.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def test_a_close_up_holds_its_region_its_margin_and_its_least_size(
     width, height = size
     (u0, u1), (v0, v1) = sorted(corners[:2]), sorted(corners[2:])
     box = u0 * 0.9 * width, v0 * 0.9 * height, max(u1, u0 + 0.05) * width, max(v1, v0 + 0.05) * height
-    x0, y0, x1, y1 = window(Captions(crop_margin=margin, crop_least=least), Region.box(*box, normalized=False), *size)
+    x0, y0, x1, y1 = Region.box(*box, normalized=False).close_up(*size, margin, least)
     bounds = Region.box(*box, normalized=False).bounds(*size)
     for low, high, a, b, side in ((x0, x1, bounds[0], bounds[2], width), (y0, y1, bounds[1], bounds[3], height)):
         grown = margin * (b - a)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request, Stopped
 from regiongpt.annotate.options import Options
-from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt, window
+from regiongpt.annotate.plan import WORDING, Ask, Value, Work, context, draw, region_prompt
 from regiongpt.drawing import draw_regions
 from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError
@@ -80,10 +80,10 @@ class ImageTask:
 
         @cache
         def cut(number: int) -> Image.Image:
-            whole = (0, 0, *image.size)
-            made = image.crop(
-                window(self.options, record.regions[number].region, *image.size) if number >= 0 else whole
-            )
+            made = image.copy()
+            if number >= 0:
+                margin, least = self.options.crop_margin, self.options.crop_least
+                made = image.crop(record.regions[number].region.close_up(*image.size, margin, least))
             made.thumbnail((most, most))
             return made
 

@@ -1,7 +1,4 @@
-"""Columns of doubts about a caption and its fit to the crop, and the decision to keep it.
-
-No caption is deleted, and the decision can be taken again from the columns alone (paper §3.3).
-"""
+"""Columns of doubts about a caption, and the decision to keep it, from the columns alone (paper §3.3)."""
 
 import re
 from collections import Counter
@@ -30,10 +27,9 @@ def words(text: str) -> list[str]:
 
 
 def judge(caption: str, category: str, others: Sequence[str], located: int | None, number: int) -> dict[str, Any]:
-    """The columns of one caption that need no model.
+    """The columns of a caption of region ``number``, from 1; ``others`` are the classes of all regions of the image.
 
-    ``others`` are the classes of all regions of the image; ``number`` is the region, from 1, that it was written for,
-    ``located`` the one that a model took it to describe: 0 for none, None where that was not asked.
+    ``located`` is the region that a model took it to describe: 0 for none, None where that was not asked.
     """
     said, own = words(caption), _ways(category)
     foreign = {way for other in {*others} - {category} for way in _ways(other)} - {*own}

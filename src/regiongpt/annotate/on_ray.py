@@ -1,7 +1,4 @@
-"""The same stages over Ray Data: workers answer, in any order, and this process alone writes to its store.
-
-A row carries its failures, since one that raises ends the whole job.
-"""
+"""The same stages over Ray Data: workers answer in any order, failures as values, and this process alone stores."""
 
 import asyncio
 import pickle

@@ -13,9 +13,9 @@ import numpy as np
 
 from regiongpt.annotate.filters import judge, least_of_share, why_not, words
 from regiongpt.annotate.options import MODES, Filters, Options
-from regiongpt.annotate.plan import WORDING, Ask, Work, window, works
+from regiongpt.annotate.plan import WORDING, Ask, Work, works
 from regiongpt.data.records import Record, Turn, region_of_row, region_row
-from regiongpt.data.shards import Rejects, schema, write_llava, write_records, write_webdataset
+from regiongpt.data.shards import Rejects, read_records, schema, write_llava, write_records, write_webdataset
 from regiongpt.data.sources import AnnotatedImages
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
@@ -58,9 +58,9 @@ class Output:
             )  # fmt: skip
             self._flush(folder)
             if "llava" in self.options.export:
-                write_llava(_read(folder / "records"), folder / "llava.jsonl")
+                write_llava(read_records(folder / "records"), folder / "llava.jsonl")
             if "webdataset" in self.options.export:
-                write_webdataset(_read(folder / "records"), self.source.images, folder / "webdataset")
+                write_webdataset(read_records(folder / "records"), self.source.images, folder / "webdataset")
             cost = self.store.total("cost")
             write_json(folder / "manifest.json", {
                 **self.noted, "filters": self.options.model_dump(mode="json", include={*Filters.model_fields}),
@@ -97,12 +97,13 @@ class Output:
         score = known.get(f"{ask.key} {self.noted['scorer']}", {})
         located = known.get(f"{ask.key} locate", {}).get("number")
         whole = known.get(work.asks[0].key, {}).get("text", "") if work.asks[0].stage == "image" else ""
+        sides = record.width, record.height, self.options.crop_margin, self.options.crop_least
         return {
             "id": f"{record.image}#{each.source_id or ask.number + 1}", "image": record.image, "width": record.width,
             "height": record.height, "number": ask.number, "category": each.category, "mode": ask.mode,
             "region": {**region_row(each.region), "category": each.category, "source_id": each.source_id},
             "caption": value["text"], "global_caption": whole, "prompt_version": value["version"],
-            "crop": [*window(self.options, each.region, record.width, record.height)], "finished": value["at"],
+            "crop": [*each.region.close_up(*sides)], "finished": value["at"],
             **{name: value[name] for name in ("model", "seed", "seconds", "tokens_in", "tokens_out", "cost")},
             "similarity": score.get("similarity"), "least_similarity": score.get("least"),
             **judge(value["text"], each.category, [each.category for each in record.regions], located, ask.number + 1),
@@ -229,12 +230,3 @@ class Output:
         except RegionGPTError:
             return None
         return {**row, "close_up": close_up, "whole": whole}
-
-
-def _read(folder: Path) -> Iterator[Record]:
-    """Records whose folder is not in its place yet, where a RecordSet would map them."""
-    import pyarrow.parquet as pq
-
-    for file in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(1000):
-            yield from map(Record.from_row, batch.to_pylist())

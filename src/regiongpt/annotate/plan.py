@@ -1,6 +1,5 @@
 """Images, regions, crops, prompts and the keys of answers (paper §3.3)."""
 
-import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -9,10 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from regiongpt.annotate.options import MODES, Captions, Mode, Options
+from regiongpt.annotate.options import MODES, Mode, Options
 from regiongpt.data.records import Record, region_row
 from regiongpt.data.sources import AnnotatedImages
-from regiongpt.regions import Region
 from regiongpt.storage import Store, digest, sha256
 
 WORDING: Final[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("wording.toml").read_text(encoding="utf-8"))
@@ -99,15 +97,3 @@ def region_prompt(version: int, mode: Mode, category: str) -> str:
 def context(caption: str) -> str:
     """Start of a stage 2 prompt, the same for all regions of an image so that an engine can reuse its cache."""
     return f"In the context of the entire image, {caption.strip().rstrip('.!,;: ')},"
-
-
-def window(captions: Captions, region: Region, width: int, height: int) -> tuple[int, int, int, int]:
-    """Half-open xyxy of a region's close-up in pixels of its image: margin and least size, as far as there is room."""
-    x0, y0, x1, y1 = map(float, region.bounds(width, height))
-    sides = []
-    for low, high, size in ((x0, x1, width), (y0, y1, height)):
-        length = min(size, max((high - low) * (1 + 2 * captions.crop_margin), captions.crop_least))
-        start = min(max((low + high - length) / 2, 0), size - length)
-        sides.append((math.floor(start), min(size, math.ceil(start + length))))
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom

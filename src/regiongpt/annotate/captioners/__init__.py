@@ -67,15 +67,13 @@ class Stopped(Exception):
 
 
 class Captioner:
-    """Answers requests one by one, in ``ask``; those on this machine in batches, in ``answer``, which runs in a thread.
-
-    ``identity`` decides its answers, and so the keys of finished work.
-    """
+    """Answers requests one by one, in ``ask``; those on this machine in batches, in ``answer``, in a thread."""
 
     wants_image = True
     """Whether it is shown the whole image each time, and its regions, instead of what ``picture`` makes."""
 
     def __init__(self, identity: dict[str, str], batch_size: int = 1, images: int = 1) -> None:
+        # The identity decides its answers, and so the keys of finished work.
         self.identity, self.batch_size, self.images = identity, batch_size, images
         self._waiting: list[tuple[Request, asyncio.Future[Reply | Exception]]] = []
         self._lock, self._stopping = asyncio.Lock(), False
@@ -100,14 +98,11 @@ class Captioner:
         """Release resources."""
 
     async def ask(self, request: Request) -> Reply:
-        """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none.
-
-        The longest waiting request runs a batch with the others that wait.
-        """
+        """Answer; Failed or Stopped without an answer, RegionGPTError where there will be none."""
         place: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, place))
         async with self._lock:
-            if not place.done():
+            if not place.done():  # the longest waiting request runs a batch with the others that wait
                 await asyncio.sleep(0.01)  # let requests that were just answered send their next one first
                 if self._stopping:
                     raise Stopped

@@ -31,11 +31,10 @@ class Busy(Exception):
 
 
 class Slots:
-    """Adaptive limit of requests in flight, at most ``most``.
+    """Adaptive limit of requests in flight, at most ``most``; DataError after ``patience`` seconds without an answer.
 
     Each answer adds a slot while others wait, so they double with each round; beyond what was once too much a round
-    adds one. Too many requests (429) take a tenth of the slots, any other trouble half, and nothing is sent until the
-    endpoint asks for a retry. DataError if that lasts, or no answer comes, for ``patience`` seconds.
+    adds one. Too many requests (429) take a tenth of the slots, any other trouble half.
     """
 
     def __init__(self, most: int, patience: float) -> None:
