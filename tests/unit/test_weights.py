@@ -60,7 +60,7 @@ def ask(processor: RegionGPTProcessor) -> Any:
 
 @pytest.mark.parametrize(("kind", "whole"), [*((kind, "") for kind in TOWERS), *WHOLES.items()])
 def test_create_keeps_the_trained_parts(kind: str, whole: str, tmp_path: Path, language: Path) -> None:
-    """Of a whole checkpoint, the vision half."""
+    """The vision half of a whole checkpoint."""
     config = tower_config(kind)
     if whole:
         words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

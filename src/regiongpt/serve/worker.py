@@ -45,7 +45,7 @@ class Ask:
 Result = tuple[int, Any]
 """A finished result with its place."""
 Event = tuple[str, Any]
-"""Of a request: ("piece", text), ("result", Result), at the end ("done", None) or ("error", exception)."""
+"""Events of a request: ("piece", text), ("result", Result), at the end ("done", None) or ("error", exception)."""
 Task = Callable[[Scene, Tensor], Iterator[Ask | Result]]
 """What a request does with the encoded image and its regions' features (R * K, D)."""
 
