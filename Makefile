@@ -27,8 +27,8 @@ install: $(VENV)/.installed  ## make the virtual environment and install the pac
 demo: install  ## ask about regions of real photographs, and draw them
 	$(BIN)/python examples/demo.py
 
-test: install  ## run the tests, all or as ARGS="-m 'not slow'" chooses
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## run the tests, all or as ARGS="-m 'not slow'" chooses; a process for each core, four at most
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-range:  ## the same for models and inference, with the lowest and the newest releases that pyproject.toml allows
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/test_range
