@@ -34,7 +34,7 @@ from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import RecordSet, Rejects, open_mixture, write_records
 from regiongpt.evaluate.detection import CocoClassification
 from regiongpt.evaluate.report import as_text
-from regiongpt.inference import RegionPredictor
+from regiongpt.inference import RegionPredictor, over_images
 from regiongpt.inference.engine import Engine
 from regiongpt.model import weights
 from regiongpt.regions import Region
@@ -92,7 +92,10 @@ def box_to_embedding(folder: Path) -> Path_:
     predictor = RegionPredictor.from_pretrained(make_checkpoint(folder / "parts"), device="cpu")
     photo, box = str(folder / "images" / "1.png"), ["--box", "4,4,30,40"]
     # Once before, so that nothing is imported, and once to count. The image is encoded once.
-    with mock.patch.object(cli, "_predictor", return_value=predictor), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        mock.patch.object(over_images, "load_predictor", return_value=predictor),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         cli.main(["ask", photo, "What is <region1>?", *box])
         found = Path_(cli.main, Engine.pool)
         found.run(lambda: cli.main(["ask", photo, "What is <region1>?", *box]))
