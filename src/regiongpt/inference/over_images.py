@@ -430,10 +430,12 @@ class Request:
 
     def regions(self, photo: "Image", path: str, several: bool) -> tuple[list[Proposal], int, str]:
         """Regions to ask about, those typed first; how many others were left out; why some cannot be used."""
-        size, sources, rejects = photo.size, self.sources, Rejects()
+        size, sources, missing, why = photo.size, self.sources, 0, ""
         found = self.typed.on(*size)
         if sources.proposals:
+            rejects = Rejects()
             found += read_proposals(sources.proposals, *size, image=path, image_id=sources.image_id, rejects=rejects)
+            missing, why = rejects.counts.total(), rejects.listed()
         elif sources.sam:
             found += _SEGMENTER(sources.sam, self.model.device).propose(photo, sources.grid or 32)
         elif sources.grid is not None:
@@ -445,7 +447,7 @@ class Request:
         # With several images, describe and classify skip one without regions.
         if not kept and self.verb != "ask" and (self.text or not several):
             raise DataError(f"{path}: no region is left to ask about; lower --min-score or raise --iou")
-        return kept, len(found) - len(kept) + rejects.counts.total(), rejects.listed()
+        return kept, len(found) - len(kept) + missing, why
 
 
 def over_images(
