@@ -21,7 +21,18 @@ from regiongpt.errors import ConfigError, DataError, RegionError, short
 from regiongpt.evaluate.report import ITEMS, MANIFEST, PREDICTIONS, RESULT, SAMPLED, TaskRun, read_object, write_report
 from regiongpt.evaluate.task import Answer, Item, RunOptions, Task, listed
 from regiongpt.images import load_image
-from regiongpt.storage import Store, check_checkpoint, digest, finite, locked, reason, write_file, write_json, writing
+from regiongpt.storage import (
+    Store,
+    check_checkpoint,
+    digest,
+    finite,
+    locked,
+    reason,
+    sha256,
+    write_file,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:
     from regiongpt.inference.options import Detail
@@ -249,7 +260,7 @@ def code_hash() -> str:
     """A digest of the sources that turn a question into an answer."""
     root = Path(regiongpt.__file__).parent
     sources = [path for name in ANSWERING for path in ([root / name] if "." in name else (root / name).rglob("*.py"))]
-    return digest({str(path.relative_to(root)): file_identity(path)["sha256"] for path in sorted(sources)})
+    return digest({str(path.relative_to(root)): sha256(path) for path in sorted(sources)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

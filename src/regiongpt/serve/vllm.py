@@ -19,7 +19,7 @@ from regiongpt.inference.engine import Engine, Prompt, Scene
 from regiongpt.inference.options import Options
 from regiongpt.inference.scheduler import Job, Scheduler, TextReader
 from regiongpt.serve.options import ServeOptions
-from regiongpt.storage import digest, locked, new_folder, reason, sha256
+from regiongpt.storage import digest, locked, new_folder, reason, sha256, weights_digest
 
 log = logging.getLogger(__name__)
 MEMORY = 0.9
@@ -106,9 +106,8 @@ class VllmScheduler(Scheduler):
 
 def export(model: Any, checkpoint: Path) -> Path:
     """A checkpoint's language model as vLLM loads it, in a folder written the first time for its content."""
-    files = [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regiongpt"
-    folder = home / f"vllm-{digest([sha256(file) for file in files], str(model.dtype))}"
+    folder = home / f"vllm-{digest(sha256(checkpoint / 'config.json'), weights_digest(checkpoint), str(model.dtype))}"
     with locked(home, wait=True):
         if not folder.is_dir():
             with new_folder(folder) as new:

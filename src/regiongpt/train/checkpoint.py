@@ -2,7 +2,7 @@
 
 A folder ``checkpoint-N``, N the optimiser steps done, holds ``tensors.safetensors`` (trained tensors and AdamW's
 moments, whole), ``random-R.json`` (random state of process R), and ``stage.json`` (how far the stage is, and the
-settings that decide what is learnt).
+settings that decide what is learned).
 """
 
 import json

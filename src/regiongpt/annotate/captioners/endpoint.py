@@ -109,7 +109,8 @@ class Endpoint(Captioner):
         self._length_option, self._structured = "max_tokens", True
         at: Any = {"base_url": self.url, "api_key": os.environ.get(options.key_variable) or "none", "max_retries": 0}
         try:
-            served = [model.id for model in openai.OpenAI(**at, timeout=options.timeout).models.list().data]
+            with openai.OpenAI(**at, timeout=options.timeout) as client:
+                served = [model.id for model in client.models.list().data]
         except Exception as error:  # a page that is no API makes anything of the client
             wrong, told = self._wrong(error), "no OpenAI-compatible endpoint answers there"
             if not isinstance(wrong, ConfigError):
