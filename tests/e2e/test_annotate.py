@@ -296,7 +296,7 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_files_can_be_had(
 @needs_client
 @pytest.mark.parametrize(
     ("limit", "value", "settings"),
-    [("max-failures", 3, {"refused": 0.1}), ("max-cost", 0.008, {}), ("max-time", 1.5, {"latency": 0.1, "slots": 2})],
+    [("max-failures", 5, {"refused": 0.2}), ("max-cost", 0.008, {}), ("max-time", 1.5, {"latency": 0.1, "slots": 2})],
 )
 def test_a_limit_ends_a_run_that_can_go_on(
     drawn: Path, served: Running, tmp_path: Path, limit: str, value: float, settings: dict[str, Any],
