@@ -11,6 +11,9 @@ from transformers import (
     CLIPImageProcessorPil,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -122,3 +125,33 @@ def save_tower(folder: Path, model: PreTrainedModel) -> None:
     """A tower's folder: weights and image processor."""
     model.save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
+
+
+CHAT = (
+    "{% for turn in messages %}USER: {% for part in turn['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% else %}{{ part['text'] }}{% endif %} {% endfor %}{% endfor %}ASSISTANT:"
+)
+
+
+def save_llava(folder: Path) -> Path:
+    """A LLaVA with random weights."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(
+        **shape, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.5
+    )
+    vision = {"model_type": "clip_vision_model", **shape, "image_size": 32, "patch_size": 8}
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=16)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [2, *range(40, 120)]  # random words end soon
+    model.save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size=side, crop_size=side), tokenizer, patch_size=8,
+        chat_template=CHAT.replace("IMAGE", "<image>"), vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -32,6 +32,7 @@ def draw_regions(
     captions: Sequence[str | None] | None = None,
     *,
     dialogue: Sequence[tuple[str, str]] = (),
+    plain: bool = False,
 ) -> Image.Image:
     """Draw numbered regions on their image, with captions on a white panel beneath it.
 
@@ -43,6 +44,7 @@ def draw_regions(
         regions: Regions in pixels of that image, in the order of their numbers.
         captions: One text a region, ``None`` or empty for no caption.
         dialogue: Questions and their answers, written beneath the captions; ``<regionN>`` in them becomes ``[N]``.
+        plain: Outlines alone, with numbers only where there are several.
     """
     photo, regions = load_image(image), Region.list_of(regions)
     if captions is not None and len(captions) != len(regions):
@@ -55,13 +57,13 @@ def draw_regions(
     # Large regions first, and every fill before the first line: nothing hides the outline of anything smaller, and
     # nothing at all hides a number.
     order = sorted(drawn, key=lambda each: -each.area)
-    for each in order:
+    for each in () if plain else order:
         _paint(picture, each, each.inside, each.colour, 0.15)
     for each in order:
         _paint(picture, each, _band(each.inside, reach + 1), INK, 0.55)
         _paint(picture, each, _band(each.inside, reach), each.colour, 1.0)
     taken: list[tuple[float, float]] = []
-    for each in drawn:
+    for each in () if plain and len(drawn) == 1 else drawn:
         _tag(picture, each, taken)
     lines = [f"[{number}] {text}" for number, text in enumerate(captions or (), 1) if text]
     lines += [re.sub(r"<region(\d+)>", r"[\1]", text) for turn in dialogue for text in turn]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import draw_pictures
 from PIL import Image
-from tiny import tiny_tokenizer
+from tiny import save_llava, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
@@ -21,9 +21,6 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -252,29 +249,7 @@ def test_facts_say_what_annotations_and_pixels_prove() -> None:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA with random weights."""
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("llava"), tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    text = LlamaConfig(
-        **TOWER, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.5
-    )
-    vision = {"model_type": "clip_vision_model", **TOWER, "image_size": 32, "patch_size": 8}
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=16)
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = [2, *range(40, 120)]  # random words end soon
-    model.save_pretrained(folder)
-    template = (
-        "{% for turn in messages %}USER: {% for part in turn['content'] %}{% if part['type'] == 'image' %}<image>"
-        "{% else %}{{ part['text'] }}{% endif %} {% endfor %}{% endfor %}ASSISTANT:"
-    )
-    side = {"height": 32, "width": 32}
-    LlavaProcessor(
-        CLIPImageProcessorPil(size=side, crop_size=side), tokenizer, patch_size=8, chat_template=template,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 def test_a_transformers_model_answers_in_batches_as_it_does_alone(llava: Path) -> None:
@@ -305,7 +280,7 @@ def test_a_transformers_model_captions_a_folder(llava: Path, tmp_path: Path) -> 
 def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
     captioner: Any = captioner_of(captioner=str(llava), max_new_tokens=1)
     asks = [Request(stage="region", text=f"Describe {k}", picture=crop()) for k in range(12)]
-    captioner._ends = torch.tensor([-1])
+    captioner.model.ends = torch.tensor([-1])
     assert not any(reply.ended for reply in captioner.answer(asks))
 
 

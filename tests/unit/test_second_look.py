@@ -202,5 +202,8 @@ def test_an_evaluation_looks_twice_and_keeps_its_answers_apart(tmp_path: Path) -
     assert all(one["scores"] != other["scores"] for one, other in zip(fast, careful, strict=True))
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
-    keys = {model_identity(tmp_path / "model", "float32", "cpu", detail)["key"] for detail in ("fast", "careful")}
+    keys = {
+        model_identity(tmp_path / "model", "float32", "cpu", {"detail": detail})["key"]
+        for detail in ("fast", "careful")
+    }
     assert len(keys) == 2

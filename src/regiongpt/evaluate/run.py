@@ -37,6 +37,7 @@ from regiongpt.storage import (
 if TYPE_CHECKING:
     from regiongpt.inference.options import Detail
     from regiongpt.inference.predictor import RegionPredictor
+    from regiongpt.inference.vision_language import RegionAs, VisionLanguageModel
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
@@ -60,6 +61,8 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
         what = "start one process" if launched() > 1 else "they answer one task; name it alone"
         raise ConfigError(f"--predictions: {what}")
     listed = [load_items(task) for task in tasks]
+    if options.baseline:
+        _check_baseline(options, dict(zip([task.name for task in tasks], listed, strict=True)))
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
     model, load = ({}, None) if given else _find_model(options, processes)
     manifests = [make_manifest(task, model, options) for task in tasks]
@@ -114,17 +117,41 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
     """The identity of the model, and a function that loads it."""
     from transformers.utils import logging
 
+    from regiongpt.inference import vision_language as other
     from regiongpt.inference.engine import pick_device, pick_dtype
     from regiongpt.inference.predictor import RegionPredictor
     from regiongpt.model.weights import nano_path
 
     logging.disable_progress_bar()
-    path, device = options.model or nano_path(), pick_device(options.device)
+    path, device = options.baseline or options.model or nano_path(), pick_device(options.device)
     if options.device is None and device.type == "cuda" and processes.count > 1:
         device = pick_device(f"cuda:{processes.local}")
     dtype = pick_dtype(options.dtype, device)
+    place = str(dtype).removeprefix("torch."), str(device)
+    if options.baseline:
+        family, drawing = other.model_family(path, "--baseline"), Path(regiongpt.__file__).with_name("drawing.py")
+        if options.region_as == "coordinates" and family not in other.CONVENTIONS:
+            raise ConfigError(f"--region-as coordinates: no convention known for {family}; give outline or crop")
+        how = {"baseline": family, "region_as": options.region_as, "drawing": sha256(drawing)}
+        identity = {**model_identity(path, *place, how), "batch_size": options.batch_size}
+        return identity, partial(other.VisionLanguageModel, path, "--baseline", device, dtype)
+    check_checkpoint(path)
     load = partial(RegionPredictor.from_pretrained, path, device=device, dtype=dtype, untrained=options.untrained)
-    return model_identity(path, str(dtype).removeprefix("torch."), str(device), options.detail), load
+    return model_identity(path, *place, {"detail": options.detail}), load
+
+
+def _check_baseline(options: RunOptions, listed: Mapping[str, Sequence[Item]]) -> None:
+    """Raise ConfigError for tasks, their items by name, that a baseline cannot be asked so."""
+    if "facts" in listed:
+        raise ConfigError("facts: reads the sentences of nano's training text, which no baseline writes; leave it out")
+    most = {name: max(len(item.regions) for item in items) for name, items in listed.items()}
+    about = [name for name, count in most.items() if count]
+    if about and options.region_as is None:
+        raise ConfigError(f"{about[0]} asks about regions; give --region-as outline, coordinates or crop")
+    if not about and options.region_as is not None:
+        raise ConfigError(f"--region-as: no question of {', '.join(listed)} is about a region; leave it out")
+    if options.region_as == "crop" and (several := [name for name, count in most.items() if count > 1]):
+        raise ConfigError(f"{several[0]} asks about several regions at once; give --region-as outline or coordinates")
 
 
 def _ask(
@@ -146,10 +173,15 @@ def _ask(
             if key not in known:
                 by_image.setdefault(item.image, {})[key] = item
     if mine := processes.share(list(by_image.values()), len):
+        other = "baseline" in model
+        groups = _batches(mine, model["batch_size"]) if other else mine
         predictor, name = load(), "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")
         with store:
-            for asked in progress(mine, name, "images", len(mine)):
-                answers = dict(zip(asked, answer_image(predictor, list(asked.values()), model["detail"]), strict=True))
+            for asked in progress(groups, name, "batches" if other else "images", len(groups)):
+                items = list(asked.values())
+                how = model["region_as"] if other else model["detail"]
+                given = answer_batch(predictor, items, how) if other else answer_image(predictor, items, how)
+                answers = dict(zip(asked, given, strict=True))
                 store.add(answers)
                 known |= answers
     processes.wait()
@@ -165,6 +197,9 @@ def _ask(
         refused = {name: values["refused"] for name, values in said.items() if "refused" in values}
         count = f"{len(refused)} of {len(said)} questions could not be asked and count as wrong"
         notes = [f"{count}, such as item {name}: {why}" for name, why in [*refused.items()][:1]]
+        if "baseline" in model:
+            shown = f"regions as {model['region_as']}" if any(item.regions for item in items) else "about whole images"
+            notes.insert(0, f"answers of the baseline {model['name']} ({model['baseline']}), {shown}")
         answered = {name: Answer.model_validate(each) for name, each in said.items() if name not in refused}
         found.append(Predictions(answered, notes))
     return found
@@ -233,26 +268,65 @@ def answer_image(
     return found
 
 
+def _batches(by_image: Sequence[Mapping[str, Item]], size: int) -> list[dict[str, Item]]:
+    """Items by key in batches across images, of answers with the same room, which a batch shares."""
+    pairs: dict[int, list[tuple[str, Item]]] = {}
+    for key, item in (pair for own in by_image for pair in own.items()):
+        pairs.setdefault(item.max_new_tokens, []).append((key, item))
+    return [dict(own[k : k + size]) for own in pairs.values() for k in range(0, len(own), size)]
+
+
+def answer_batch(
+    model: "VisionLanguageModel", items: Sequence[Item], region_as: "RegionAs | None"
+) -> list[dict[str, Any]]:
+    """Answers of a baseline as :func:`answer_image` gives them, without scores of choices."""
+    from regiongpt.inference.engine import check_regions
+
+    found: list[dict[str, Any]] = [{} for _ in items]
+    chats = {}
+    for k, item in enumerate(items):
+        try:
+            photo = load_image(item.image)
+            check_regions(item.regions, *photo.size)
+            chats[k] = model.region_chat(photo, item.question, item.regions, region_as, item.detail.get("ids", ()))
+        except (DataError, RegionError) as error:
+            found[k]["refused"] = str(error)
+    if not chats:
+        return found
+    sure = any(items[k].sure for k in chats)
+    try:
+        # The most probable answer, whatever penalties the model comes with.
+        said = model.ask(list(chats.values()), items[0].max_new_tokens, sure=sure, repetition_penalty=1.0)
+    except DataError as error:
+        if len(items) > 1:  # one of them is at fault
+            return [answer for item in items for answer in answer_batch(model, [item], region_as)]
+        return [{"refused": str(error)}]
+    for k, each in zip(chats, said, strict=True):
+        found[k]["text"] = each.text.strip()
+        if items[k].sure and each.ended and found[k]["text"]:
+            found[k]["probability"] = each.probability
+    return found
+
+
 def question_key(model: str, image: str, item: Item) -> str:
     """Cache key of an answer: a hash of the model's key, the image's SHA-256 and the question."""
     regions = [region.to_dict() for region in item.regions]
     return digest(model, image, [item.question, regions, list(item.choices), item.max_new_tokens, item.sure])
 
 
-def model_identity(path: Path, dtype: str, device: str, detail: str = "fast") -> dict[str, Any]:
-    """Identity of a checkpoint: the SHA-256 of its files, and what else its answers depend on.
+def model_identity(path: Path, dtype: str, device: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity of a model: the SHA-256 of its folder's files, and what else its answers depend on.
 
-    Its ``key`` is a digest of files, dtype, detail, the code that answers, torch and transformers, but not of the
-    device, which changes rounding alone. CheckpointError where the folder is no checkpoint.
+    Its ``key`` is a digest of files, dtype, ``how`` it is asked, the code that answers, torch and transformers, but not
+    of the device, which changes rounding alone.
     """
-    check_checkpoint(path)
     files = {each.name: file_identity(each)["sha256"] for each in sorted(path.iterdir()) if each.is_file()}
     libraries = {name: found for name, found in versions().items() if name in ("torch", "transformers")}
     # The last parts of the path tell checkpoints from one another; every run ends in "stage2/model".
     parts = [part for part in path.resolve().parts[1:] if part not in ("model", "stage1", "stage2")]
-    key = digest(files, dtype, detail, code_hash(), libraries)
+    key = digest(files, dtype, how, code_hash(), libraries)
     name = "/".join(parts[-2:]) or str(path)
-    return {"name": name, "files": files, "dtype": dtype, "device": device, "detail": detail, "key": key}
+    return {"name": name, "files": files, "dtype": dtype, "device": device, **how, "key": key}
 
 
 @cache

@@ -309,6 +309,12 @@ class RunOptions(Settings):
     """Allow a checkpoint that has not been trained."""
     detail: Literal["fast", "careful"] = "fast"
     """fast, or careful: also encode each region's own crop, if the model was trained for it."""
+    baseline: Path | None = None
+    """Folder of another vision-language model of transformers, asked instead."""
+    region_as: Literal["outline", "coordinates", "crop"] | None = None
+    """How a baseline is told of a region: drawn, as numbers in its own convention, or cut out."""
+    batch_size: int = Field(default=8, ge=1)
+    """Questions that a baseline answers at a time."""
     predictions: Path | None = None
     """Score the answers in this file; no model is run."""
     resamples: int = Field(default=RESAMPLES, ge=0, le=1_000_000)
@@ -320,7 +326,13 @@ class RunOptions(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("model", "device", "dtype", "untrained", "detail") if self.predictions else ():
+        ours, others = ["model", "untrained", "detail"], ["region_as", "batch_size"]
+        refused, why = others, "only with --baseline"
+        if self.predictions:
+            refused, why = [*ours, "baseline", *others, "device", "dtype"], "no model is run for --predictions"
+        elif self.baseline:
+            refused, why = ours, "for RegionGPT checkpoints alone, not with --baseline"
+        for name in refused:
             if name in self.model_fields_set:
-                raise ValueError(f"--{name}: no model is run for --predictions; leave it out")
+                raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
         return self

@@ -1,4 +1,4 @@
-"""Captioners behind one small interface; one file each."""
+"""Captioners behind one small interface."""
 
 import asyncio
 import time
@@ -136,5 +136,5 @@ def make_captioner(options: Options) -> Captioner:
     elif name is None or read_json(Path(name) / "config.json", CheckpointError).get("model_type") == "regiongpt":
         from regiongpt.annotate.captioners.checkpoint import Checkpoint as kind
     else:
-        from regiongpt.annotate.captioners.vision_language import VisionLanguageModel as kind
+        from regiongpt.annotate.captioners.checkpoint import OtherModel as kind
     return kind(options)

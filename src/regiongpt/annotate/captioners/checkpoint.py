@@ -1,14 +1,17 @@
-"""A RegionGPT checkpoint, with the prompts of its training."""
+"""A RegionGPT checkpoint, with the prompts of its training, or another vision-language model of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request
 from regiongpt.annotate.options import Options
 from regiongpt.errors import RegionGPTError
 from regiongpt.inference import RegionPredictor
 from regiongpt.inference.predictor import Question
+from regiongpt.inference.vision_language import VisionLanguageModel
 from regiongpt.model.weights import nano_path
 from regiongpt.prompts import indefinite, question
 from regiongpt.regions import Region
@@ -67,3 +70,38 @@ def region_question(request: Request) -> tuple[str, list[Region]]:
     told = f"The region shows {indefinite(request.category)}. " if request.category else ""
     text = f"{request.lead} {told}{question('describe', request.version, regions=[1])}".lstrip()
     return text, [request.regions[request.number].region]
+
+
+class OtherModel(Captioner):
+    """LLaVA, Qwen-VL, SmolVLM and whatever else transformers loads with a chat template; each close-up is an image."""
+
+    wants_image = False
+
+    def __init__(self, options: Options) -> None:
+        folder = Path(str(options.captioner))
+        saving = "--batch-size or --crop-most"
+        self.options, self.model = (
+            options,
+            VisionLanguageModel(folder, "--captioner", options.device, options.dtype, saving),
+        )
+        identity = {"captioner": "transformers", "model": self.model.name, "weights": weights_digest(folder)}
+        super().__init__(identity, options.batch_size, images=options.batch_size)
+
+    def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
+        """Generate for all at once."""
+        chats = [request.messages({"type": "image", "image": request.picture}) for request in requests]
+        sampling: dict[str, Any] = {}
+        if self.options.temperature:
+            torch.manual_seed(sum(request.seed for request in requests) % 2**31)
+            sampling = {"do_sample": True, "temperature": self.options.temperature}
+        said = self.model.ask(chats, self.options.max_new_tokens, **sampling)
+        return [
+            Reply(
+                text=each.text,
+                ended=each.ended,
+                tokens_in=each.tokens_in,
+                tokens_out=each.tokens_out,
+                model=self.model.name,
+            )
+            for each in said
+        ]
