@@ -154,11 +154,8 @@ def add_options(
             given["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
             inner = plain_types(typing.get_args(field.annotation)[0]) if kinds == {tuple} else kinds
-            names = {
-                int: "N",
-                float: "X",
-                Path: "DIR" if name in ("data", "images", "model", "baseline", "out") else "FILE",
-            }
+            folder = name in ("data", "images", "model", "baseline", "out")
+            names = {int: "N", float: "X", Path: "DIR" if folder else "FILE"}
             named = next((metavar for each, metavar in names.items() if each in inner), "TEXT")
             choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
             given["metavar"] = "|".join(map(str, choices)) or named

@@ -124,7 +124,7 @@ def test_qwen_is_given_pixels_of_the_image_as_it_is_resized(qwen, photo, monkeyp
 )
 def test_families_without_a_model_here_get_thousandths(family, text):
     model = VisionLanguageModel.__new__(VisionLanguageModel)
-    model.family = family
+    model.family, model.processor = family, None
     assert model.box_text(BOX, (100, 60)) == text
 
 
@@ -221,7 +221,7 @@ def test_answers_are_kept_and_scored_and_a_finished_run_asks_nothing(data, llava
     assert asked == [4, 2]
     assert f"answers of the baseline {'/'.join(llava.parts[-2:])} (llava), regions as crop" in capsys.readouterr().out
     folder = tmp_path / "out" / "coco_cls"
-    assert "baseline" in (folder / "index.html").read_text()
+    assert "answers of the baseline" in (folder / "index.html").read_text()
     rows = read(folder / "predictions.jsonl")
     assert [row["text"] for row in rows] == [text.strip() for text in said]
     assert [row["probability"] for row in rows] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.9, 0.8])
@@ -267,7 +267,7 @@ def test_a_random_model_answers_what_it_says(data, llava, tmp_path):
         ("coco_cls", ["--baseline", "IDEFICS", "--region-as", "coordinates"], "no convention known for idefics3"),
         ("pope", ["--baseline", "NANO"], "a RegionGPT checkpoint; give it as --model"),
         ("pope", ["--baseline", "TEXT"], "cannot load it as a vision-language model"),
-        ("pope", ["--baseline", "nowhere"], "no model's folder"),
+        ("pope", ["--baseline", "nowhere"], "nowhere/config.json: not a readable JSON file"),
         ("pope", ["--baseline", "BARE"], "no chat template"),
         ("pope", ["--baseline", "BLIND"], "cannot load it as a vision-language model"),
         ("pope", ["--baseline", "TORN"], "does not take an image and a text"),

@@ -118,11 +118,7 @@ def printed_rows(table: PaperTable) -> Rows:
 def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int) -> None:
     """Write ``index.html`` of a task that was just scored; DataError where it cannot be written."""
     model, predictions = run.manifest["model"], run.manifest.get("predictions")
-    name = (
-        f"predictions {predictions['name']}"
-        if predictions
-        else f"{'baseline' if 'baseline' in model else 'model'} {model['name']}"
-    )
+    name = f"predictions {predictions['name']}" if predictions else f"model {model['name']}"
     asked = {item.id: item for item in run.items}
     write_page(
         run.folder / PAGE,

@@ -27,6 +27,7 @@ from regiongpt.storage import (
     digest,
     finite,
     locked,
+    read_json,
     reason,
     sha256,
     write_file,
@@ -37,7 +38,7 @@ from regiongpt.storage import (
 if TYPE_CHECKING:
     from regiongpt.inference.options import Detail
     from regiongpt.inference.predictor import RegionPredictor
-    from regiongpt.inference.vision_language import RegionAs, VisionLanguageModel
+    from regiongpt.inference.vision_language import VisionLanguageModel
 
 ANSWERING: Final = ("inference", "model", "prompts.py", "regions.py", "coverage.py", "images.py")
 """The part of this package that turns an image and a question into an answer."""
@@ -62,7 +63,7 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
         raise ConfigError(f"--predictions: {what}")
     listed = [load_items(task) for task in tasks]
     if options.baseline:
-        _check_baseline(options, dict(zip([task.name for task in tasks], listed, strict=True)))
+        _check_baseline(options, {task.name: items for task, items in zip(tasks, listed, strict=True)})
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
     model, load = ({}, None) if given else _find_model(options, processes)
     manifests = [make_manifest(task, model, options) for task in tasks]
@@ -129,7 +130,10 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
     dtype = pick_dtype(options.dtype, device)
     place = str(dtype).removeprefix("torch."), str(device)
     if options.baseline:
-        family, drawing = other.model_family(path, "--baseline"), Path(regiongpt.__file__).with_name("drawing.py")
+        config, drawing = read_json(path / "config.json"), Path(regiongpt.__file__).with_name("drawing.py")
+        family = str(config.get("model_type")) if isinstance(config, dict) else ""
+        if family == "regiongpt":
+            raise ConfigError(f"--baseline {path}: a RegionGPT checkpoint; give it as --model")
         if options.region_as == "coordinates" and family not in other.CONVENTIONS:
             raise ConfigError(f"--region-as coordinates: no convention known for {family}; give outline or crop")
         how = {"baseline": family, "region_as": options.region_as, "drawing": sha256(drawing)}
@@ -198,8 +202,8 @@ def _ask(
         count = f"{len(refused)} of {len(said)} questions could not be asked and count as wrong"
         notes = [f"{count}, such as item {name}: {why}" for name, why in [*refused.items()][:1]]
         if "baseline" in model:
-            shown = f"regions as {model['region_as']}" if any(item.regions for item in items) else "about whole images"
-            notes.insert(0, f"answers of the baseline {model['name']} ({model['baseline']}), {shown}")
+            shown = f", regions as {model['region_as']}" if any(item.regions for item in items) else ""
+            notes.insert(0, f"answers of the baseline {model['name']} ({model['baseline']}){shown}")
         answered = {name: Answer.model_validate(each) for name, each in said.items() if name not in refused}
         found.append(Predictions(answered, notes))
     return found
@@ -276,9 +280,7 @@ def _batches(by_image: Sequence[Mapping[str, Item]], size: int) -> list[dict[str
     return [dict(own[k : k + size]) for own in pairs.values() for k in range(0, len(own), size)]
 
 
-def answer_batch(
-    model: "VisionLanguageModel", items: Sequence[Item], region_as: "RegionAs | None"
-) -> list[dict[str, Any]]:
+def answer_batch(model: "VisionLanguageModel", items: Sequence[Item], region_as: str) -> list[dict[str, Any]]:
     """Answers of a baseline as :func:`answer_image` gives them, without scores of choices."""
     from regiongpt.inference.engine import check_regions
 
@@ -291,12 +293,9 @@ def answer_batch(
             chats[k] = model.region_chat(photo, item.question, item.regions, region_as, item.detail.get("ids", ()))
         except (DataError, RegionError) as error:
             found[k]["refused"] = str(error)
-    if not chats:
-        return found
-    sure = any(items[k].sure for k in chats)
+    how: Any = {"sure": any(item.sure for item in items), "repetition_penalty": 1.0}  # whatever the model's own is
     try:
-        # The most probable answer, whatever penalties the model comes with.
-        said = model.ask(list(chats.values()), items[0].max_new_tokens, sure=sure, repetition_penalty=1.0)
+        said = model.ask(list(chats.values()), items[0].max_new_tokens, **how) if chats else []
     except DataError as error:
         if len(items) > 1:  # one of them is at fault
             return [answer for item in items for answer in answer_batch(model, [item], region_as)]

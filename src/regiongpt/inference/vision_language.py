@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
@@ -17,34 +18,25 @@ from regiongpt.images import SquareFrame
 from regiongpt.inference.engine import TooLong, pick_device, pick_dtype
 from regiongpt.prompts import REC_SUFFIX, replace_placeholders
 from regiongpt.regions import Region
-from regiongpt.storage import read_json, reason
-
-RegionAs = Literal["outline", "coordinates", "crop"]
-Chat = list[dict[str, Any]]
-
-
-class Convention(NamedTuple):
-    """How a family of models writes a box, x0, y0, x1, y1."""
-
-    text: str
-    # Of 1000 along each side; pixels of the image as the processor resizes it; shares of the image padded to a square.
-    unit: Literal["thousandths", "pixels", "square"]
-
+from regiongpt.storage import reason
 
 _LIST: Final = "[{:.0f}, {:.0f}, {:.0f}, {:.0f}]"
-CONVENTIONS: Final[Mapping[str, Convention]] = {
+CONVENTIONS: Final[Mapping[str, tuple[str, str]]] = {
     # Qwen2-VL report (arXiv 2409.12191), data format; QwenLM/Qwen3-VL issue 189.
-    "qwen2_vl": Convention("<|box_start|>({:.0f},{:.0f}),({:.0f},{:.0f})<|box_end|>", "thousandths"),
+    "qwen2_vl": ("<|box_start|>({:.0f},{:.0f}),({:.0f},{:.0f})<|box_end|>", "thousandths"),
     # QwenLM/Qwen3-VL issues 782 and 1126: [x1, y1, x2, y2] in a question, after resizing.
-    "qwen2_5_vl": Convention(_LIST, "pixels"),
+    "qwen2_5_vl": (_LIST, "pixels"),
     # QwenLM/Qwen3-VL cookbooks/2d_grounding.ipynb, issues 1427 and 1486; Qwen3.5: QwenLM/Qwen3.8-Flash-Next issue 4.
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), Convention(_LIST, "thousandths")),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), (_LIST, "thousandths")),
     # InternVL documentation, "Chat Data Format", grounding data.
-    "internvl": Convention(f"<box>[{_LIST}]</box>", "thousandths"),
+    "internvl": (f"<box>[{_LIST}]</box>", "thousandths"),
     # haotian-liu/LLaVA issue 606: two decimals, the image padded to a square with the mean colour.
-    "llava": Convention("[{:.2f}, {:.2f}, {:.2f}, {:.2f}]", "square"),
+    "llava": ("[{:.2f}, {:.2f}, {:.2f}, {:.2f}]", "square"),
 }
-"""By the ``model_type`` of a configuration; rounded as their authors' own scripts do."""
+"""How a family (``model_type``) writes a box x0, y0, x1, y1, and in which unit.
+
+That is thousandths of the sides, pixels of the image as it is resized, or shares of the image padded to a square.
+"""
 
 
 class Said(NamedTuple):
@@ -54,23 +46,13 @@ class Said(NamedTuple):
     ended: bool  # not cut off
     tokens_in: int
     tokens_out: int
-    probability: float | None = None  # of the text and its end
-
-
-def model_family(folder: Path, option: str) -> str:
-    """The ``model_type`` of a model's folder; CheckpointError, naming the option, where it is none or one of ours."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{option} {folder}: no model's folder, which has a config.json")
-    family = str(dict(read_json(folder / "config.json", CheckpointError)).get("model_type"))
-    if family == "regiongpt":
-        raise CheckpointError(f"{option} {folder}: a RegionGPT checkpoint; give it as --model")
-    return family
+    probability: float | None  # of the text and its end
 
 
 class VisionLanguageModel:
     """Whatever ``AutoModelForImageTextToText`` and ``AutoProcessor`` load and whose processor has a chat template.
 
-    Messages call it by the option that names it, and tell what saves memory by ``saving``.
+    Messages name the option that the folder came from, and in ``saving`` those that save memory.
     """
 
     def __init__(
@@ -78,53 +60,50 @@ class VisionLanguageModel:
     ) -> None:
         self.name, self._called, self._saving = folder.resolve().name, f"{option} {folder}", saving
         self.device = pick_device(device)
+        dtype = pick_dtype(dtype, self.device)
         try:
             self.processor = AutoProcessor.from_pretrained(folder)
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=pick_dtype(dtype, self.device))
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         except Exception as error:  # whatever the folder holds
-            told = reason(error)
-            if "torchvision" in told.lower():  # of the video processors, in Qwen-VL, InternVL and SmolVLM
+            told = f"transformers cannot load it as a vision-language model: {reason(error)}"
+            if "torchvision" in told.lower():  # of the video processors of Qwen-VL, InternVL and SmolVLM
                 told = "its processor needs torchvision; run: pip install torchvision"
-            raise CheckpointError(
-                f"{self._called}: transformers cannot load it as a vision-language model: {told}"
-            ) from None
+            raise CheckpointError(f"{self._called}: {told}") from None
         if not hasattr(self.processor, "image_processor"):
             raise CheckpointError(f"{self._called}: takes no images; give a vision-language model")
         if getattr(self.processor, "chat_template", None) is None:
             raise CheckpointError(f"{self._called}: its processor has no chat template; add chat_template.jinja")
-        self._model = model.to(self.device).eval()
-        self.family = str(model.config.model_type)
+        self._model, self.family = model.to(self.device).eval(), str(model.config.model_type)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
-        self.resized = cache(self._resized)
         try:
             self.ask([self.region_chat(Image.new("RGB", (64, 64)), "What is it?")], 1)
         except DataError as error:
             raise CheckpointError(str(error)) from None
 
-    def ask(self, chats: Sequence[Chat], max_new_tokens: int, *, sure: bool = False, **options: Any) -> list[Said]:
+    def ask(self, chats: Sequence[Any], max_new_tokens: int, *, sure: bool = False, **options: Any) -> list[Said]:
         """Generate for all at once, with the probabilities if ``sure``, and greedily unless ``do_sample``.
 
-        TooLong or DataError where one of them does not fit the model's context or has an image that it cannot take.
+        DataError where one of them does not fit the model's context or has an image that it cannot take.
         """
-        tokenizer, config = self.processor.tokenizer, self._model.config.get_text_config()
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        how = options if options.get("do_sample") else {**greedy, **options}
+        if not options.get("do_sample"):
+            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options}
         try:
             inputs = self.processor.apply_chat_template(
                 list(chats), tokenize=True, return_dict=True, add_generation_prompt=True,
                 processor_kwargs={"padding": True, "return_tensors": "pt"},
             ).to(self.device, self._model.dtype)  # fmt: skip
-            read, context = inputs["attention_mask"].sum(1).tolist(), getattr(config, "max_position_embeddings", None)
+            read = inputs["attention_mask"].sum(1).tolist()
+            context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
             if context and max(read) + max_new_tokens > context:
                 raise TooLong(f"question too long: {max(read) + max_new_tokens} of {context} tokens with its answer")
             with torch.inference_mode():
                 out = self._model.generate(
-                    **inputs, **how, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                    return_dict_in_generate=True, output_logits=sure,
+                    **inputs, **options, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+                    output_logits=sure, pad_token_id=self.processor.tokenizer.pad_token_id,
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             told = f"out of memory with {len(chats)} images at a time; lower {self._saving}"
@@ -145,21 +124,13 @@ class VisionLanguageModel:
         return list(map(Said, texts, ends.any(1).tolist(), read, lengths, likely))
 
     def region_chat(
-        self,
-        image: Image.Image,
-        question: str,
-        regions: Sequence[Region] = (),
-        region_as: RegionAs | None = None,
+        self, image: Image.Image, question: str, regions: Sequence[Region] = (), region_as: str = "",
         names: Sequence[str] = (),
-    ) -> Chat:
-        """A question as the one turn that the model is given, with what ``<regionN>`` stands for shown or written.
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The turn that asks a question with ``<regionN>`` about regions of an image, at most one for ``crop``.
 
-        Args:
-            image: The whole image.
-            question: Words; those that name a closed set are replaced by ``names``.
-            regions: In pixels of the image, at most one for ``crop``; a mask is cut out and written as its bounds.
-            region_as: How regions are told; None where there are none.
-            names: The closed set.
+        Where the question asks for the names of a closed set, it lists ``names`` instead. Of a mask, coordinates and
+        crop tell the bounds.
         """
         several = len(regions) > 1
         picture, called = image, {n: f"region {n}" if several else "the region" for n in range(1, len(regions) + 1)}
@@ -171,37 +142,29 @@ class VisionLanguageModel:
             picture, called = image.crop(regions[0].close_up(*image.size, 0, 1)), {1: "this image"}
         elif regions:
             called = {n: f"{called[n]} {self.box_text(region, image.size)}" for n, region in enumerate(regions, 1)}
-        listed = f"Answer with one of these names alone: {', '.join(names)}."
         text = replace_placeholders(question, called.__getitem__).replace(REC_SUFFIX, f"{REC_SUFFIX} x is its number.")
-        text = re.sub(r"Answer the question using .* category names\.$", lambda _: listed, text) if names else text
-        content = [{"type": "image", "image": self._whole(picture)}, {"type": "text", "text": text}]
-        return [{"role": "user", "content": content}]
+        if names:
+            listed = f"Answer with one of these names alone: {', '.join(names)}."
+            text = re.sub(r"Answer the question using .* category names\.$", lambda _: listed, text)
+        images = self.processor.image_processor
+        cuts = getattr(images, "do_center_crop", False) and not hasattr(images, "image_grid_pinpoints")
+        if cuts or self.family == "llava":  # lest the sides of the image be lost
+            red, green, blue = (int(255 * share) for share in images.image_mean)
+            picture = SquareFrame(*picture.size).pad(picture, (red, green, blue))
+        return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
 
     def box_text(self, region: Region, size: tuple[int, int]) -> str:
         """The box around a region of an image of W x H, as the model's family writes it."""
         text, unit = CONVENTIONS[self.family]
-        (width, height), (left, top) = size, (0, 0)
-        across, down = (1000, 1000) if unit == "thousandths" else (1, 1)
-        if unit == "pixels":
-            across, down = self.resized(size)
-        elif unit == "square":
-            frame = SquareFrame(*size)
-            (left, top), width, height = frame.offset, frame.side, frame.side
-        x0, y0, x1, y1 = region.bounds(*size)
-        xs, ys = ((x + left) * across / width for x in (x0, x1)), ((y + top) * down / height for y in (y0, y1))
-        return text.format(*(each for point in zip(xs, ys, strict=True) for each in point))
+        corners, frame = np.reshape(region.bounds(*size), (2, 2)), SquareFrame(*size)
+        if unit == "square":
+            return text.format(*((corners + frame.offset) / frame.side).ravel())
+        scale = _resized(self.processor.image_processor, size) if unit == "pixels" else (1000, 1000)
+        return text.format(*(corners / size * scale).ravel())
 
-    def _whole(self, image: Image.Image) -> Image.Image:
-        """The image, padded to a square where the processor would cut its sides off."""
-        images = self.processor.image_processor
-        cuts = getattr(images, "do_center_crop", False) and not hasattr(images, "image_grid_pinpoints")
-        if not (cuts or self.family == "llava"):
-            return image
-        red, green, blue = (int(255 * share) for share in images.image_mean)
-        return SquareFrame(*image.size).pad(image, (red, green, blue))
 
-    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """W x H to which the processor resizes an image of W x H."""
-        images = self.processor.image_processor
-        _, rows, columns = images(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
-        return columns * images.patch_size, rows * images.patch_size
+@cache
+def _resized(images: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """W x H to which an image processor resizes an image of W x H."""
+    _, rows, columns = images(images=Image.new("RGB", size), return_tensors="pt")["image_grid_thw"][0].tolist()
+    return columns * images.patch_size, rows * images.patch_size

@@ -79,11 +79,8 @@ class OtherModel(Captioner):
 
     def __init__(self, options: Options) -> None:
         folder = Path(str(options.captioner))
-        saving = "--batch-size or --crop-most"
-        self.options, self.model = (
-            options,
-            VisionLanguageModel(folder, "--captioner", options.device, options.dtype, saving),
-        )
+        self.options, saving = options, "--batch-size or --crop-most"
+        self.model = VisionLanguageModel(folder, "--captioner", options.device, options.dtype, saving)
         identity = {"captioner": "transformers", "model": self.model.name, "weights": weights_digest(folder)}
         super().__init__(identity, options.batch_size, images=options.batch_size)
 
@@ -94,14 +91,7 @@ class OtherModel(Captioner):
         if self.options.temperature:
             torch.manual_seed(sum(request.seed for request in requests) % 2**31)
             sampling = {"do_sample": True, "temperature": self.options.temperature}
-        said = self.model.ask(chats, self.options.max_new_tokens, **sampling)
         return [
-            Reply(
-                text=each.text,
-                ended=each.ended,
-                tokens_in=each.tokens_in,
-                tokens_out=each.tokens_out,
-                model=self.model.name,
-            )
-            for each in said
+            Reply(text=text, ended=ended, tokens_in=read, tokens_out=written, model=self.model.name)
+            for text, ended, read, written, _ in self.model.ask(chats, self.options.max_new_tokens, **sampling)
         ]
