@@ -27,7 +27,7 @@ from regiongpt.inference import vision_language
 from regiongpt.inference.vision_language import Said, VisionLanguageModel
 from regiongpt.prompts import question
 
-BOX, OTHER = Region.box(10, 15, 50, 45), Region.box(60, 0, 100, 30)
+BOX, OTHER, THIN = Region.box(10, 15, 50, 45), Region.box(60, 0, 100, 30), Region.box(0, 0, 50, 2)
 NAMES = ("cat", "dog")
 ASKED = question("classify", 0, regions=[1])
 
@@ -155,10 +155,11 @@ def test_questions_are_answered_together_as_alone_and_one_that_cannot_be_asked_s
     ]
     items.append(Item(id="lost", image=tmp_path / "c.png", question="What?", **asked))
     items.append(Item(id="outside", image=tmp_path / "b.png", question="<region1>?", regions=(OTHER,), **asked))
-    together = answer_batch(qwen, items, "outline")
-    alone = [answer_batch(qwen, [item], "outline")[0] for item in items]
+    items.append(Item(id="line", image=tmp_path / "thin.png", question="<region1>?", regions=(THIN,), **asked))
+    together = answer_batch(qwen, items, "coordinates")
+    alone = [answer_batch(qwen, [item], "coordinates")[0] for item in items]
     assert [each.get("text") for each in together] == [each.get("text") for each in alone]
-    whys = ["", "", "too long", "", "aspect ratio", "no such file", "covers nothing"]
+    whys = ["", "", "too long", "", "aspect ratio", "no such file", "covers nothing", "aspect ratio"]
     assert all(why in each.get("refused", "") for why, each in zip(whys, together, strict=True))
     assert [bool(each.get("refused")) for each in together] == [bool(why) for why in whys]
 
@@ -259,6 +260,7 @@ def test_a_random_model_answers_what_it_says(data, llava, tmp_path):
         ("coco_cls", ["--baseline", "LLAVA"], "coco_cls asks about regions; give --region-as"),
         ("pope", ["--baseline", "LLAVA", "--region-as", "crop"], "no question of pope is about a region"),
         ("facts", ["--baseline", "LLAVA", "--region-as", "crop"], "facts: reads the sentences"),
+        ("coco_cls", ["--baseline", "LLAVA", "--region-as", "crop", "--choices"], "--choices: a baseline's names"),
         ("drawn", ["--baseline", "LLAVA", "--region-as", "crop"], "asks about several regions at once"),
         ("pope", ["--baseline", "LLAVA", "--detail", "careful"], "--detail: for RegionGPT checkpoints alone"),
         ("pope", ["--baseline", "LLAVA", "--model", "x"], "--model: for RegionGPT checkpoints alone"),

@@ -63,7 +63,7 @@ def evaluate(tasks: Sequence[Task], options: RunOptions) -> list[TaskRun]:
         raise ConfigError(f"--predictions: {what}")
     listed = [load_items(task) for task in tasks]
     if options.baseline:
-        _check_baseline(options, {task.name: items for task, items in zip(tasks, listed, strict=True)})
+        _check_baseline(tasks, listed, options.region_as)
     processes = Processes() if given else connect(on_cpu=options.device == "cpu")
     model, load = ({}, None) if given else _find_model(options, processes)
     manifests = [make_manifest(task, model, options) for task in tasks]
@@ -144,17 +144,19 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
     return model_identity(path, *place, {"detail": options.detail}), load
 
 
-def _check_baseline(options: RunOptions, listed: Mapping[str, Sequence[Item]]) -> None:
-    """Raise ConfigError for tasks, their items by name, that a baseline cannot be asked so."""
-    if "facts" in listed:
+def _check_baseline(tasks: Sequence[Task], listed: Sequence[Sequence[Item]], region_as: str | None) -> None:
+    """Raise ConfigError for what a baseline cannot be asked."""
+    most = {task.name: max(len(item.regions) for item in items) for task, items in zip(tasks, listed, strict=True)}
+    about, several = ([name for name, count in most.items() if count > few] for few in (0, 1))
+    if "facts" in most:
         raise ConfigError("facts: reads the sentences of nano's training text, which no baseline writes; leave it out")
-    most = {name: max(len(item.regions) for item in items) for name, items in listed.items()}
-    about = [name for name, count in most.items() if count]
-    if about and options.region_as is None:
+    if any("choices" in task.model_fields_set and getattr(task, "choices", False) for task in tasks):
+        raise ConfigError("--choices: a baseline's names are not scored; leave it out")
+    if about and region_as is None:
         raise ConfigError(f"{about[0]} asks about regions; give --region-as outline, coordinates or crop")
-    if not about and options.region_as is not None:
-        raise ConfigError(f"--region-as: no question of {', '.join(listed)} is about a region; leave it out")
-    if options.region_as == "crop" and (several := [name for name, count in most.items() if count > 1]):
+    if not about and region_as is not None:
+        raise ConfigError(f"--region-as: no question of {', '.join(most)} is about a region; leave it out")
+    if several and region_as == "crop":
         raise ConfigError(f"{several[0]} asks about several regions at once; give --region-as outline or coordinates")
 
 
@@ -291,7 +293,7 @@ def answer_batch(model: "VisionLanguageModel", items: Sequence[Item], region_as:
             photo = load_image(item.image)
             check_regions(item.regions, *photo.size)
             chats[k] = model.region_chat(photo, item.question, item.regions, region_as, item.detail.get("ids", ()))
-        except (DataError, RegionError) as error:
+        except (DataError, RegionError, ValueError) as error:  # such as an image too thin to be resized
             found[k]["refused"] = str(error)
     how: Any = {"sure": any(item.sure for item in items), "repetition_penalty": 1.0}  # whatever the model's own is
     try:
@@ -309,8 +311,8 @@ def answer_batch(model: "VisionLanguageModel", items: Sequence[Item], region_as:
 
 def question_key(model: str, image: str, item: Item) -> str:
     """Cache key of an answer: a hash of the model's key, the image's SHA-256 and the question."""
-    regions = [region.to_dict() for region in item.regions]
-    return digest(model, image, [item.question, regions, list(item.choices), item.max_new_tokens, item.sure])
+    regions, names = [region.to_dict() for region in item.regions], item.choices or item.detail.get("ids", ())
+    return digest(model, image, [item.question, regions, list(names), item.max_new_tokens, item.sure])
 
 
 def model_identity(path: Path, dtype: str, device: str, how: Mapping[str, Any]) -> dict[str, Any]:

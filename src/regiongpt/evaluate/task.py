@@ -312,7 +312,7 @@ class RunOptions(Settings):
     baseline: Path | None = None
     """Folder of another vision-language model of transformers, asked instead."""
     region_as: Literal["outline", "coordinates", "crop"] | None = None
-    """How a baseline is told of a region: drawn, as numbers in its own convention, or cut out."""
+    """How a baseline is told of a region: outline, coordinates (in its own convention) or crop."""
     batch_size: int = Field(default=8, ge=1)
     """Questions that a baseline answers at a time."""
     predictions: Path | None = None
