@@ -22,7 +22,7 @@ from regiongpt.storage import reason
 
 _LIST: Final = "[{:.0f}, {:.0f}, {:.0f}, {:.0f}]"
 CONVENTIONS: Final[Mapping[str, tuple[str, str]]] = {
-    # Qwen2-VL report (arXiv 2409.12191), data format; QwenLM/Qwen3-VL issue 189.
+    # QwenLM/Qwen3-VL issue 189 for the unit; the report (arXiv 2409.12191) for the form.
     "qwen2_vl": ("<|box_start|>({:.0f},{:.0f}),({:.0f},{:.0f})<|box_end|>", "thousandths"),
     # QwenLM/Qwen3-VL issues 782 and 1126: [x1, y1, x2, y2] in a question, after resizing.
     "qwen2_5_vl": (_LIST, "pixels"),
