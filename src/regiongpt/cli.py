@@ -286,31 +286,46 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "--vision", metavar="NAME", help="hub name or folder of a CLIP, SigLIP or DINOv2 model, or efficientnet-lite2"
     )
     create.add_argument("--language", metavar="NAME", help="hub name or folder of a causal language model")
-    create.add_argument("--llava", metavar="DIR", help="start from a LLaVA-1.5 checkpoint instead of the two")
+    create.add_argument("--llava", metavar="DIR", help="start from LLaVA-1.5, untrained on regions, instead")
     create.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
     kinds = ("deconv", "bilinear", "deconv_bilinear", "none")
     create.add_argument("--refinement", choices=kinds, help="default: deconv; with --llava none")
     create.add_argument("--chat-template", choices=tuple(CHAT_TEMPLATES), help="default: that of the language model")
+    take = actions.add_parser("import", help="rewrite a public checkpoint as one of ours")
+    take.add_argument("kind", choices=("spatialrgpt",), help="SpatialRGPT-VILA1.5 with Llama 3")
+    take.add_argument("source", metavar="NAME", help="hub name, such as a8cheng/SpatialRGPT-VILA1.5-8B, or folder")
+    take.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
+    text = "weigh regions by exact area (default), or sampled at points as SpatialRGPT itself does"
+    take.add_argument("--mask-weights", default="exact", choices=("exact", "sampled"), help=text)
     convert = actions.add_parser("convert", help="store a checkpoint in another precision")
     convert.add_argument("--model", metavar="PATH", required=True, help="checkpoint folder")
     convert.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, new or empty")
     dtypes = ("float32", "bfloat16", "float16")
     convert.add_argument("--dtype", default="float16", choices=dtypes, help="dtype of the stored weights")
     options = parser.parse_args(words)
-    creates = options.action == "create"
     check_new(options.out)
     if not options.out.exists():
         check_writable(options.out)
-    if not creates:
+    if options.action == "convert":
         check_checkpoint(options.model)
-    elif (bool(options.vision), bool(options.language), bool(options.llava)) not in ((1, 1, 0), (0, 0, 1)):
+    elif options.action == "create" and (bool(options.vision), bool(options.language), bool(options.llava)) not in (
+        (1, 1, 0),
+        (0, 0, 1),
+    ):
         raise ConfigError("give --vision and --language, or --llava instead of the two")
-    quiet_libraries(progress=creates)  # a download takes its time
+    quiet_libraries(progress=options.action != "convert")  # a download takes its time
     import torch
 
     from regiongpt.model import weights
 
-    if not creates:
+    if options.action == "import":
+        from regiongpt.model.spatialrgpt import TERMS, import_spatialrgpt
+
+        written = import_spatialrgpt(options.source, options.out, options.mask_weights)
+        left_out = f"; left out: {', '.join(written.left_out)}" if written.left_out else ""
+        print(f"{options.out}: {written.parameters / 1e6:.1f} M parameters in {written.files} files{left_out}\n{TERMS}")
+        return 0
+    if options.action == "convert":
         weights.convert(options.model, options.out, getattr(torch, options.dtype))
         size = sum(file.stat().st_size for file in options.out.iterdir())
         print(f"{options.out}: {size / 1e6:.1f} MB, weights stored as {options.dtype}")
@@ -321,7 +336,10 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     else:
         model, _ = weights.create(options.vision, options.language, options.out, **chosen)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{options.out}: {count / 1e6:.1f} M parameters, untrained; train it first")
+    told = "untrained; train it first"
+    if options.llava:
+        told = "whose answers about regions mean nothing until stage 1 has run; see `regiongpt train --help`"
+    print(f"{options.out}: {count / 1e6:.1f} M parameters, {told}")
     return 0
 
 

@@ -132,10 +132,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class SquareFrame:
-    """The padding of a ``width`` x ``height`` image to a centred square. Paper: §4."""
+    """How a ``width`` x ``height`` image becomes a square: padded around its centre (paper: §4), or ``stretched``.
+
+    Patches cover the share ``seen`` of the square's sides, from its top left corner.
+    """
 
     width: int
     height: int
+    stretched: bool = False
+    seen: float = 1.0
 
     @property
     def side(self) -> int:
@@ -145,21 +150,27 @@ class SquareFrame:
     @property
     def offset(self) -> tuple[int, int]:
         """Column and row of the padded square at which the image begins."""
+        if self.stretched:
+            return 0, 0
         return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def pad(self, image: Image.Image, fill: tuple[int, int, int] = (127, 127, 127)) -> Image.Image:
         """Centre the image in a ``side`` x ``side`` square of colour ``fill``."""
-        if self.width == self.height:
+        if self.stretched or self.width == self.height:
             return image
         square = Image.new("RGB", (self.side, self.side), fill)
         square.paste(image, self.offset)
         return square
 
     def edges(self, grid_h: int, grid_w: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lines of a grid over the padded square, ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,).
+        """Lines of a grid over the square, ``y_edges`` (grid_h + 1,) and ``x_edges`` (grid_w + 1,).
 
-        They are in pixels of the original image; on padding, they lie outside it.
+        They are in pixels of the original image; on padding, they lie outside it. What no patch covers belongs to the
+        last row and column.
         """
-        y_edges = np.linspace(0.0, self.side, grid_h + 1) - self.offset[1]
-        x_edges = np.linspace(0.0, self.side, grid_w + 1) - self.offset[0]
-        return y_edges, x_edges
+        sides = (self.width, self.height) if self.stretched else (self.side, self.side)
+        x_edges, y_edges = (
+            np.linspace(0.0, side * self.seen, cells + 1) for side, cells in zip(sides, (grid_w, grid_h), strict=True)
+        )
+        x_edges[-1], y_edges[-1] = sides
+        return y_edges - self.offset[1], x_edges - self.offset[0]

@@ -7,7 +7,7 @@ question asked of the model is a question it was trained on. Nothing here needs 
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -167,6 +167,16 @@ def parse_region_answer(text: str) -> int | Literal["invalid"] | None:
         return None
     match = _ANSWER.fullmatch(text)
     return int(match[1]) if match else "invalid"
+
+
+def renumber(text: str, numbers: Mapping[int, int], unknown: str | None = None) -> str:
+    """Replace numbers in brackets; those that are not in ``numbers`` become ``unknown``, or stay."""
+
+    def replaced(match: re.Match[str]) -> str:
+        number = numbers.get(int(match[1]))
+        return (unknown or match[0]) if number is None else f"[{number}]"
+
+    return re.sub(r"\[(\d{1,6})\]", replaced, text)
 
 
 def question(

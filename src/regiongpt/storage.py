@@ -95,6 +95,9 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no checkpoint folder at this path")
+    if (folder / "region_extractor").is_dir():
+        how = f"regiongpt weights import spatialrgpt {folder} --out DIR"
+        raise CheckpointError(f"{folder}: a SpatialRGPT checkpoint, which has to be imported first: {how}")
     index, weights = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
         try:

@@ -81,7 +81,8 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
         processor.image_token_id: processor.num_image_tokens,
         processor.region_token_id: processor.tokens_per_region,
     }
-    texts = [head + processor.plain_words(answer) + tails[0] for answer in answers]
+    written = [processor.write_citations(answer, messages[-1]["content"]) for answer in answers]
+    texts = [head + processor.plain_words(answer) + tails[0] for answer in written]
     stops, wholes = set(processor.stop_token_ids), []
     for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
         last = max(place for place, token in enumerate(ids) if token in stops)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -88,6 +89,7 @@ class Prompt:
     pooled: Tensor  # region features (R * K, D)
     n_regions: int
     room: int  # how many tokens the answer may have
+    question: str = ""  # the last one, whose regions the answer names
     warnings: tuple[str, ...] = ()
 
 
@@ -161,7 +163,10 @@ class Engine:
         encoded = self.encode_text(messages, n_regions)
         ids, rows = encoded["input_ids"].tolist(), encoded["region_ids"].tolist()
         room, warnings = self.room(len(ids), wanted), (*notes, *encoded["warnings"])
-        return Prompt(ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, warnings=warnings)
+        asked = messages[-1]["content"]
+        return Prompt(
+            ids=ids, rows=rows, pooled=pooled, n_regions=n_regions, room=room, question=asked, warnings=warnings
+        )
 
     def room(self, length: int, wanted: int) -> int:
         """How many of ``wanted`` tokens the model's context has room for behind ``length`` others."""
@@ -202,8 +207,13 @@ class Engine:
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
         prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
-        reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
+        reader = self.reader(prompt, options) if streams or options.stop else None
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
+
+    def reader(self, prompt: Prompt, options: Options) -> TextReader:
+        """Reads an answer as its tokens come."""
+        rewrite = partial(self.processor.read_citations, question=prompt.question)
+        return TextReader(self.processor.tokenizer, options.stop, rewrite)
 
     def finish(self, job: Job, prompt: Prompt, began: float) -> Answer:
         """The answer that a finished job has written, asked at ``began`` by ``time.perf_counter``."""
@@ -212,6 +222,7 @@ class Engine:
         stopped = job.reader.text if job.reader is not None and job.reader.stopped else None
         written = job.tokens[:end]
         text = self.processor.tokenizer.decode(written, skip_special_tokens=True) if stopped is None else stopped
+        text = self.processor.read_citations(text, prompt.question)
         return Answer(
             text=text.strip(),
             cited=tuple(number for number in cited(text) if 1 <= number <= prompt.n_regions),

@@ -7,6 +7,7 @@ Shapes: R sequences, V vocabulary, D model width, T tokens.
 
 import itertools
 import random
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -253,11 +254,14 @@ def draw(scores_V: Tensor, temperature: float, top_p: float, at: float) -> int:
 
 
 class TextReader:
-    """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back."""
+    """The text of one answer as its tokens come, up to a stop string, in pieces that never have to be taken back.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    Pieces are given out as ``rewrite`` makes them, with numbers in brackets whole.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), rewrite: Callable[[str], str] = str) -> None:
         self.text, self.stopped = "", False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop, self._rewrite = tokenizer, tuple(stop), rewrite
         self._ids: list[int] = []
         self._from = self._read = self._given = 0
 
@@ -288,6 +292,7 @@ class TextReader:
     def take(self, final: bool = False) -> str:
         """The text since the last call; holds back a possible start of a stop string, unless ``final``."""
         waits = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        waits += [len(cut[0]) for cut in [re.search(r"\[\d{0,6}$", self.text)] if cut]
         end = len(self.text) - (0 if final or self.stopped else max(waits, default=0))
         piece, self._given = self.text[self._given : end], max(self._given, end)
-        return piece
+        return self._rewrite(piece)

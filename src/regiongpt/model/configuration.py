@@ -56,11 +56,16 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     Args:
         vision_config: the tower's configuration or its fields; CLIP ViT-L/14 at 336 pixels when None.
         text_config: of any ``AutoModelForCausalLM``; Llama when None.
-        image_size: side of the square input in pixels; the tower's own when None.
+        image_size: side of the square input in pixels: whole patches, or SigLIP's own size, whose rest no patch sees;
+            the tower's own in whole patches when None.
         vision_feature_layer: which of the tower's hidden states to use, as an index; EfficientNet-Lite ignores it.
         refinement: ``deconv``, ``bilinear``, ``deconv_bilinear`` or ``none``.
         refinement_channels: channels of the refined map, by a 1x1 convolution; the tower's own when None.
+        refinement_norm_eps: epsilon of the norm between the two deconvolutions.
         image_grid: rows and columns of image tokens; the tower's own grid when None.
+        image_connector: ``mlp``, or ``downsample``: 2x2 cells of the image grid become one token, column by column, by
+            a norm and the two layers.
+        region_connector: ``shared`` with the image, or ``linear``: one layer of its own.
         connector_size: width of the connector between its two layers; the language model's when None.
         region_number_offset: how many tokens before a region its number stands in the text, whose word embedding is
             added to the region's own; 0 adds none.
@@ -81,6 +86,9 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     vision_feature_layer: int = -2
     refinement: str = "deconv"
     refinement_channels: int | None = None
+    refinement_norm_eps: float = 1e-5
+    image_connector: str = "mlp"
+    region_connector: str = "shared"
     image_grid: list[int] = None  # type: ignore[assignment]
     connector_size: int | None = None
     projector_hidden_act: str = "gelu"
@@ -105,12 +113,16 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         _check("vision_config", tower.model_type, fits, f"one of {', '.join(VISION_TOWERS)}")
         _check("refinement", self.refinement, self.refinement in list(REFINEMENTS), f"one of {', '.join(REFINEMENTS)}")
         self.image_size = native_image_size(tower) if self.image_size is None else self.image_size
-        fits = self.image_size > 0 and self.image_size % tower.patch_size == 0
+        own = tower.model_type == "siglip_vision_model" and self.image_size == tower.image_size
+        fits = self.image_size > 0 and (own or self.image_size % tower.patch_size == 0)
         _check("image_size", self.image_size, fits, f"a positive multiple of the patch size, {tower.patch_size} px")
         self.image_grid = list(self.tower_grid if self.image_grid is None else self.image_grid)
         most = list(self.refined_grid)
         fits = len(self.image_grid) == 2 and all(1 <= n <= m for n, m in zip(self.image_grid, most, strict=True))
         _check("image_grid", self.image_grid, fits, f"two numbers up to the refined grid {most}")
+        kinds = self.image_connector, self.region_connector
+        known = [("mlp", "shared"), ("mlp", "linear"), ("downsample", "linear")]
+        _check("image_connector and region_connector", kinds, kinds in known, f"one of {known}")
         fits = self.region_position == 0 or (self.region_position > 0 and most[1] >= 4)
         _check("region_position", self.region_position, fits, f"at least 0, and 0 on a grid under 4 columns, as {most}")
         layers = getattr(tower, "num_hidden_layers", abs(self.vision_feature_layer))
@@ -123,6 +135,11 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         """Rows and columns of the tower's feature map."""
         cells = self.image_size // self.vision_config.patch_size
         return cells, cells
+
+    @property
+    def seen_size(self) -> int:
+        """Side in pixels of what the tower's patches see of the input, from its top left corner."""
+        return self.tower_grid[0] * int(self.vision_config.patch_size)
 
     @property
     def refined_grid(self) -> tuple[int, int]:
@@ -157,6 +174,8 @@ class RegionGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     def num_image_tokens(self) -> int:
         """How many ``<image>`` tokens one image takes."""
         rows, columns = self.image_grid
+        if self.image_connector == "downsample":
+            rows, columns = -(-rows // 2), -(-columns // 2)
         return int(rows * columns)
 
 

@@ -148,7 +148,7 @@ class Refinement(nn.Module):
         self.deconvolves = config.refinement.startswith("deconv")
         if self.deconvolves:
             self.deconv_1 = Deconvolution(channels, channels, 2, stride=2)
-            self.norm = nn.LayerNorm(channels)
+            self.norm = nn.LayerNorm(channels, eps=config.refinement_norm_eps)
             self.deconv_2 = Deconvolution(channels, channels, 2, stride=2)
         self.bilinear_scale = REFINEMENTS[config.refinement] // (4 if self.deconvolves else 1)
         self.image_grid = (config.image_grid[0], config.image_grid[1])
@@ -193,6 +193,14 @@ class Refinement(nn.Module):
         return pooled.flatten(2).transpose(1, 2)
 
 
+def merge_cells(cells_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Join each 2x2 cells of a grid, padded with zeros to even sides, column by column: (B, N / 4, 4C)."""
+    (batch, _, channels), (rows, columns) = cells_BNC.shape, grid
+    cells_BHWC = F.pad(cells_BNC.reshape(batch, *grid, channels), (0, 0, 0, columns % 2, 0, rows % 2))
+    blocks = cells_BHWC.reshape(batch, (rows + 1) // 2, 2, (columns + 1) // 2, 2, channels)
+    return blocks.permute(0, 3, 1, 2, 4, 5).reshape(batch, -1, 4 * channels)
+
+
 def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
     """Average a map over regions given as weights on its grid, of any float dtype: (B, R, C) in the map's dtype."""
     return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
@@ -211,6 +219,8 @@ def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.dev
 class Connector(nn.Module):
     """Two-layer perceptron from visual features to word embeddings, one for image and regions. Paper: §3.1.
 
+    One that downsamples takes the channels of 2x2 cells and norms them first; regions then have another.
+
     Input channels are first standardised by ``mean`` and ``std``, 0 and 1 unless a recipe measured them, since what the
     all positive refined features have in common would outgrow what tells them apart.
     """
@@ -219,17 +229,21 @@ class Connector(nn.Module):
         super().__init__()
         width = config.text_config.hidden_size
         between = config.connector_size or width
-        self.linear_1 = nn.Linear(config.feature_channels, between)
+        downsamples = config.image_connector == "downsample"
+        channels = config.feature_channels * (4 if downsamples else 1)
+        self.norm = nn.LayerNorm(channels) if downsamples else nn.Identity()
+        self.linear_1 = nn.Linear(channels, between)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(between, width)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.zeros(config.feature_channels))
-        self.register_buffer("std", torch.ones(config.feature_channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (..., C) to (..., D)."""
-        return self.linear_2(self.act(self.linear_1((features - self.mean) / self.std)))  # type: ignore[no-any-return]
+        normed = self.norm((features - self.mean) / self.std)
+        return self.linear_2(self.act(self.linear_1(normed)))  # type: ignore[no-any-return]
 
 
 class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -255,6 +269,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.refinement = Refinement(config)
         self.connector = Connector(config)
+        if config.region_connector == "linear":
+            self.region_connector = nn.Linear(config.feature_channels, config.text_config.hidden_size)
         # The language model keeps its own head and its own weight tying, so that any architecture fits.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -342,7 +358,7 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
         pooled = self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
-        embeds: Tensor = self.connector(pooled)
+        embeds: Tensor = getattr(self, "region_connector", self.connector)(pooled)
         if self.config.region_position:
             code = position_code(region_weights[..., rows, :4].float(), embeds.shape[-1])
             embeds = embeds + self.config.region_position * code.to(embeds)
@@ -350,7 +366,10 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def image_features(self, refined: Tensor) -> Tensor:
         """Embed the whole image from what ``refine`` returned: (B, N, D), row by row. Paper: §3.1, ``H_v = h(Z_v)``."""
-        cells_BND: Tensor = self.connector(self.refinement.pool_image(refined))
+        cells_BNC = self.refinement.pool_image(refined)
+        if self.config.image_connector == "downsample":
+            cells_BNC = merge_cells(cells_BNC, self.refinement.image_grid)
+        cells_BND: Tensor = self.connector(cells_BNC)
         if self.config.image_marks:
             image = torch.tensor(self.config.image_token_id, device=cells_BND.device)
             cells_BND = cells_BND + self.get_input_embeddings()(image).to(cells_BND)

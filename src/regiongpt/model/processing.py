@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
@@ -81,6 +82,12 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
         region_boxes: put each region's box below its weights, for a model with ``region_position``.
         crop_size: side in pixels of a region's own crop, for a model with ``region_crop``; 0 for any other.
+        framing: how an image becomes a square: ``pad``, as in the paper, or ``stretch``.
+        seen_size: side in pixels of what the tower's patches see of the S x S pixels; S by default.
+        mask_weights: ``exact`` areas of regions in cells, or ``sampled`` at points as SpatialRGPT does, which may miss
+            a small region: its weights are then zeros.
+        citations: how answers name regions in brackets: by the ``numbers`` of the regions, from 1, or by the places of
+            their ``mentions`` in the question, from 0, which are mapped to numbers and back.
 
     Paper: §3.1, §3.2
     """
@@ -99,9 +106,21 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_grid: int = 1,
         region_boxes: bool = False,
         crop_size: int = 0,
+        framing: str = "pad",
+        seen_size: int | None = None,
+        mask_weights: str = "exact",
+        citations: str = "numbers",
     ):
         if region_format.count(REGION_TOKEN) != 1 or re.search(r"[{}]", region_format.replace("{n}", "")):
             raise ConfigError(f"region_format: expected {REGION_TOKEN} once, no field but {{n}}, got {region_format!r}")
+        kinds = (
+            framing in ("pad", "stretch"),
+            mask_weights in ("exact", "sampled"),
+            citations in ("numbers", "mentions"),
+        )
+        if not all(kinds) or (framing, mask_weights) == ("pad", "sampled"):
+            got = f"{short(framing)}, {short(mask_weights)} and {short(citations)}"
+            raise ConfigError(f"framing, mask_weights and citations are not known, or do not go together: {got}")
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
         if missing:
             raise ConfigError(f"the tokenizer lacks {' and '.join(missing)}; call prepare_tokenizer on it first")
@@ -109,6 +128,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         self.refined_grid = list(refined_grid)
         self.region_format, self.region_grid = region_format, region_grid
         self.region_boxes, self.crop_size = region_boxes, crop_size
+        self.framing, self.seen_size = framing, image_size if seen_size is None else seen_size
+        self.mask_weights, self.citations = mask_weights, citations
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         self.pad_fill = [round(255 * level) for level in mean] if pad_fill is None else list(pad_fill)
         self.image_token, self.region_token = IMAGE_TOKEN, REGION_TOKEN
@@ -157,8 +178,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return text
 
     def pixels_of(self, picture: Image.Image) -> torch.Tensor:
-        """The tower's input (1, 3, S, S): an image that ``load_image`` has read, padded to a square. Paper: §4."""
-        square = self._square(_small_enough(picture))
+        """The tower's input (1, 3, S, S): an image that ``load_image`` has read, made a square. Paper: §4."""
+        small = _small_enough(picture)
+        square = small if self.framing == "stretch" else self._square(small)
         return self.image_processor(square, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
 
     def _square(self, picture: Image.Image) -> Image.Image:
@@ -171,12 +193,17 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         With ``region_boxes`` there is one row more, which begins with the box: x0, y0, x1, y1 as shares of the image's
         width and height. Messages number regions from ``first`` on.
         """
-        frame, (rows, columns) = SquareFrame(width, height), self.refined_grid
+        stretched, (rows, columns) = self.framing == "stretch", self.refined_grid
+        frame = SquareFrame(width, height, stretched, self.seen_size / self.image_size)
         weights, boxes = (np.zeros((len(regions), each, columns), np.float32) for each in (rows, 1))
         for row, region in enumerate(regions):
             name = f"<region{row + first}>"
             found = Region.of(region, name)
-            weights[row] = found.pool_weights(frame, rows, columns, name)
+            if self.mask_weights == "sampled":
+                mask = found.check(width, height, name).to_mask(width, height)
+                weights[row] = sampled_weights(mask, self.image_size, (rows, columns))
+            else:
+                weights[row] = found.pool_weights(frame, rows, columns, name)
             if self.region_boxes:
                 boxes[row, 0, :4] = np.divide(found.bounds(width, height), (width, height) * 2)
         if self.region_grid > 1 and len(weights):
@@ -202,6 +229,19 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             return torch.zeros(0, 3, self.crop_size, self.crop_size)
         how = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         return self.image_processor(crops, **how)["pixel_values"]  # type: ignore[no-any-return]
+
+    def read_citations(self, answer: str, question: str) -> str:
+        """An answer of the model to a question, with regions named by their numbers."""
+        if self.citations == "numbers":
+            return answer
+        return prompts.renumber(answer, dict(enumerate(prompts.placeholders(question))), unknown="[?]")
+
+    def write_citations(self, answer: str, question: str) -> str:
+        """An answer that names regions by their numbers as the model itself would write it."""
+        if self.citations == "numbers":
+            return answer
+        mentions = prompts.placeholders(question)
+        return prompts.renumber(answer, {number: mentions.index(number) for number in mentions})
 
     def check_detail(self, detail: str) -> None:
         """Raise ConfigError for a detail that is unknown, or that the model does not support."""
@@ -394,6 +434,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             if is_first:
                 text = f"{IMAGE_TOKEN}\n{text}" if with_image else text
                 first_question = False
+            if role == "assistant":
+                text = self.write_citations(text, turns[-1]["content"])
             turns.append({"role": str(role), "content": text})
             expected = ("assistant",) if role == "user" else ("user",)
         if first_question:
@@ -446,6 +488,16 @@ def _small_enough(picture: Image.Image) -> Image.Image:
     if max(picture.size) > _LARGEST_SIDE:
         picture = picture.reduce(-(-max(picture.size) // _LARGEST_SIDE))
     return picture
+
+
+def sampled_weights(mask: NDArray[np.bool_], side: int, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """Weights of a mask (H, W) on a grid: the nearest pixels of a square, sampled bilinearly at the cells' centres."""
+    rows, columns = (
+        np.minimum(np.floor(np.arange(side) * (1 / (side / size))), size - 1).astype(int) for size in mask.shape
+    )
+    square = torch.from_numpy(mask[np.ix_(rows, columns)]).float()[None, None]
+    points = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)[0, 0]
+    return (points / (points.sum() + 1e-8)).numpy()
 
 
 def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:

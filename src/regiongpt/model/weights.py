@@ -1,9 +1,9 @@
-"""Checkpoint folders: create an untrained model, convert a LLaVA one, load a trained one, find the one that ships.
+"""Checkpoint folders: create an untrained model, take LLaVA's parts, load a trained one, find the one that ships.
 
 What does not fit is an error here, where transformers would warn and fill the gap with random numbers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -127,7 +127,8 @@ def from_llava(
 ) -> Loaded:
     """Take tower, connector and language model from a LLaVA-1.5 checkpoint; options are those of :func:`create`.
 
-    With refinement ``none`` the result gives LLaVA's logits on prompts without regions; any other is untrained.
+    With refinement ``none`` the result gives LLaVA's logits on prompts without regions; any other is untrained. LLaVA
+    has never seen a region: answers about regions mean nothing until stage 1 has run.
     """
     check_new(out)
     known_template(chat_template)
@@ -144,7 +145,7 @@ def from_llava(
     setattr(language_model, language_model.base_model_prefix, llava.model.language_model)
     language_model.set_output_embeddings(llava.lm_head)
     tower = llava.model.vision_tower
-    image_processor = _image_processor(native_image_size(tower.config), str(path))
+    image_processor = square_image_processor(native_image_size(tower.config), str(path))
     shape = {"vision_feature_layer": source.vision_feature_layer, "projector_hidden_act": source.projector_hidden_act}
     shape |= {"refinement": refinement, "image_grid": image_grid}
     processing = {"chat_template": chat_template, "region_format": region_format}
@@ -168,14 +169,14 @@ def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:
     """A vision tower with its trained weights, and the image processor with its normalisation."""
     if vision in EFFICIENTNET_LITE_CHANNELS:
         size = image_size or EfficientNetLiteConfig().image_size
-        return _efficientnet_lite(vision, size), _image_processor(size)
+        return _efficientnet_lite(vision, size), square_image_processor(size)
     with reading(f"the configuration of the tower {vision}"):
         config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     # Built first, since it names the kinds of tower there are when this is none of them.
     shape = RegionGPTConfig(vision_config=config, image_size=image_size, vision_feature_layer=0)
     tower = _pretrained(AutoModel, vision, only_part=True, config=config)
-    return tower, _image_processor(shape.image_size, vision)
+    return tower, square_image_processor(shape.image_size, vision)
 
 
 def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
@@ -192,7 +193,7 @@ def _efficientnet_lite(variant: str, image_size: int) -> EfficientNetLiteModel:
     return tower.eval()  # type: ignore[no-any-return]
 
 
-def _image_processor(side: int, source: str | None = None) -> Any:
+def square_image_processor(side: int, source: str | None = None) -> Any:
     """Makes a square tensor of a square image, with the normalisation of the source or of EfficientNet-Lite."""
     how: dict[str, Any] = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
     how["resample"] = Image.Resampling.BICUBIC
@@ -222,13 +223,9 @@ def _join(
     prepare_tokenizer(tokenizer, processing["chat_template"])
     if len(tokenizer) > embeddings:  # a vocabulary padded beyond its tokenizer keeps its size
         language_model.resize_token_embeddings(len(tokenizer))
-    config = RegionGPTConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
-        region_number_offset=number_offset(tokenizer, processing["region_format"]) if region_numbers else 0,
-        **shape,
+    shape["region_number_offset"] = number_offset(tokenizer, processing["region_format"]) if region_numbers else 0
+    config, processor, generation = describe(
+        tower.config, language_model.config, tokenizer, image_processor, processing, **shape
     )
     with torch.device("meta"):  # no noise for billions of weights that are replaced
         model = RegionGPTForConditionalGeneration(config)
@@ -238,6 +235,26 @@ def _join(
         part.apply(model._init_weights)
     # One type throughout: a checkpoint is loaded in the one type that its config.json names.
     model.to(language_model.get_input_embeddings().weight.dtype).eval()
+    model.generation_config = generation
+    return model, processor
+
+
+def describe(
+    vision_config: Any,
+    text_config: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    processing: Mapping[str, Any],
+    **shape: Any,
+) -> tuple[RegionGPTConfig, RegionGPTProcessor, GenerationConfig]:
+    """All but the weights of a model of such parts; the tokenizer has been prepared."""
+    config = RegionGPTConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN),
+        **shape,
+    )
     processor = RegionGPTProcessor(
         image_processor,
         tokenizer,
@@ -246,15 +263,16 @@ def _join(
         refined_grid=list(config.refined_grid),
         region_boxes=bool(config.region_position),
         crop_size=config.crop_size,
+        seen_size=config.seen_size,
         **processing,
     )
     # Only the tokens are the language model's: its sampling settings are not how this model answers.
-    model.generation_config = GenerationConfig(
+    generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=processor.stop_token_ids, pad_token_id=tokenizer.pad_token_id
     )
     # Folders of this machine say nothing on another.
     config.text_config._name_or_path = config.vision_config._name_or_path = ""
-    return model, processor
+    return config, processor, generation
 
 
 def _save(model: Any, processor: RegionGPTProcessor, out: str | Path | None, loaded_in: str = "") -> Loaded:
@@ -278,25 +296,25 @@ def _pretrained(kind: Any, source: str | Path, only_part: bool = False, **option
     options["dtype"] = options.get("dtype") or "auto"
     with reading(f"the weights of {source}"):
         model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    wrong = [f"missing {_some(info['missing_keys'])}"] if info["missing_keys"] else []
+    wrong = [f"missing {some(info['missing_keys'])}"] if info["missing_keys"] else []
     if info["mismatched_keys"]:
         shapes = [f"{name} {list(came)} for {list(expected)}" for name, came, expected in info["mismatched_keys"]]
-        wrong.append(f"of another shape {_some(shapes)}")
+        wrong.append(f"of another shape {some(shapes)}")
     if info["unexpected_keys"] and not only_part:
-        wrong.append(f"unexpected {_some(info['unexpected_keys'])}")
+        wrong.append(f"unexpected {some(info['unexpected_keys'])}")
     if wrong:
         raise CheckpointError(f"the weights of {source} do not fit its config.json: {'; '.join(wrong)}")
     # The extremes of a tensor tell as much as its every number, and cost a tenth.
     floats = {n: each for n, each in model.state_dict().items() if each.is_floating_point() and each.numel()}
     damaged = [name for name, each in floats.items() if not torch.isfinite(torch.stack(torch.aminmax(each))).all()]
     if damaged:
-        raise CheckpointError(f"the weights of {source} hold NaN or infinity in {_some(damaged)}; use an earlier one")
+        raise CheckpointError(f"the weights of {source} hold NaN or infinity in {some(damaged)}; use an earlier one")
     return model
 
 
 def _check_pair(config: RegionGPTConfig, processor: RegionGPTProcessor, folder: Path) -> None:
     """Model and processor meet in these numbers; files from two checkpoints would disagree in silence."""
-    names = ("image_size", "num_image_tokens", "image_token_id", "region_token_id", "crop_size")
+    names = ("image_size", "num_image_tokens", "image_token_id", "region_token_id", "crop_size", "seen_size")
     pairs = {name: (getattr(processor, name), getattr(config, name)) for name in names}
     pairs["refined_grid"] = processor.refined_grid, list(config.refined_grid)
     pairs["region_boxes"] = processor.region_boxes, bool(config.region_position)
@@ -324,6 +342,7 @@ def reading(what: str) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """How many names there are, and the first few."""
     names = sorted(names)
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

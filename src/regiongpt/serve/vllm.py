@@ -17,7 +17,7 @@ import torch
 from regiongpt.errors import ConfigError
 from regiongpt.inference.engine import Engine, Prompt, Scene
 from regiongpt.inference.options import Options
-from regiongpt.inference.scheduler import Job, Scheduler, TextReader
+from regiongpt.inference.scheduler import Job, Scheduler
 from regiongpt.serve.options import ServeOptions
 from regiongpt.storage import digest, locked, new_folder, reason, sha256, weights_digest
 
@@ -37,7 +37,7 @@ class VllmEngine(Engine):
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it, with its image: vLLM finds again what it has read before."""
         embeds_TD = self.embed(scene, prompt.ids, prompt.rows, prompt.pooled)
-        reader = TextReader(self.processor.tokenizer, options.stop) if streams or options.stop else None
+        reader = self.reader(prompt, options) if streams or options.stop else None
         return Job(prefix=None, embeds=embeds_TD, options=options, room=prompt.room, reader=reader)
 
 

@@ -153,6 +153,8 @@ def answer_loss(model: Any, batch: dict[str, Any], items: Any) -> Tensor:
         loss = loss + 0.0 * model.image_features(model.refine(blank)).sum()
     if model.config.region_crop:
         loss = loss + 0.0 * model.refinement.crop_projection.weight.sum()
+    if model.config.region_connector == "linear":
+        loss = loss + 0.0 * sum(each.sum() for each in model.region_connector.parameters())
     return loss
 
 

@@ -393,7 +393,7 @@ def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            visual, decays = name.startswith(("refinement.", "connector.")), parameter.ndim > 1
+            visual, decays = name.startswith(("refinement.", "connector.", "region_connector.")), parameter.ndim > 1
             part = "visual" if visual else "lora" if "lora_" in name else "language"
             rate = (config.visual_lr or config.lr) if visual else config.lr
             group = {"params": [], "name": part, "peak": rate, "weight_decay": config.weight_decay if decays else 0.0}

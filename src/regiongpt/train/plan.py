@@ -19,8 +19,6 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration
 from regiongpt.train.recipe import GPUS, Recipe, language_shape, tower_shape
 from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
-_PARTS = ("vision_tower", "refinement", "connector", "language_model")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
@@ -101,8 +99,8 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
         model: Any = RegionGPTForConditionalGeneration(shape)
         choose_learners(name, model, config.lora)
     parameters = {}
-    for part in _PARTS:
-        own = list(getattr(model, part).named_parameters())  # a tied one comes once
+    for part, module in model.named_children():
+        own = list(module.named_parameters())  # a tied one comes once
         for title, adapters in ((part, False), ("adapters", True)):
             if tensors := [tensor for key, tensor in own if ("lora_" in key) == adapters]:
                 sizes = [(tensor.numel(), tensor.numel() * tensor.requires_grad) for tensor in tensors]
