@@ -308,11 +308,10 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         check_writable(options.out)
     if options.action == "convert":
         check_checkpoint(options.model)
-    elif options.action == "create" and (bool(options.vision), bool(options.language), bool(options.llava)) not in (
-        (1, 1, 0),
-        (0, 0, 1),
-    ):
-        raise ConfigError("give --vision and --language, or --llava instead of the two")
+    if options.action == "create":
+        given = bool(options.vision), bool(options.language), bool(options.llava)
+        if given not in ((1, 1, 0), (0, 0, 1)):
+            raise ConfigError("give --vision and --language, or --llava instead of the two")
     quiet_libraries(progress=options.action != "convert")  # a download takes its time
     import torch
 
@@ -321,9 +320,10 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if options.action == "import":
         from regiongpt.model.spatialrgpt import TERMS, import_spatialrgpt
 
+        print(TERMS, flush=True)
         written = import_spatialrgpt(options.source, options.out, options.mask_weights)
         left_out = f"; left out: {', '.join(written.left_out)}" if written.left_out else ""
-        print(f"{options.out}: {written.parameters / 1e6:.1f} M parameters in {written.files} files{left_out}\n{TERMS}")
+        print(f"{options.out}: {written.parameters / 1e6:.1f} M parameters in {written.files} files{left_out}")
         return 0
     if options.action == "convert":
         weights.convert(options.model, options.out, getattr(torch, options.dtype))

@@ -8,6 +8,7 @@ import torch
 from tiny import assert_same, text_config, tiny_tokenizer, tower_config
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration
 
+from regiongpt.cli import main
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.model import weights
 
@@ -52,6 +53,12 @@ def test_image_prompt_has_llavas_logits(tmp_path: Path, options: dict[str, Any])
     assert_same(model, weights.load(tmp_path / "ours")[0], {"input_ids": ids, "pixel_values": pixels})
     vocabulary = max(llava.config.text_config.vocab_size, len(processor.tokenizer))
     assert model.config.text_config.vocab_size == found.shape[-1] == vocabulary
+
+
+def test_its_regions_are_said_to_be_untrained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_llava(tmp_path / "llava")
+    assert main(["weights", "create", "--llava", str(tmp_path / "llava"), "--out", str(tmp_path / "ours")]) == 0
+    assert "regions mean nothing until stage 1 has run" in capsys.readouterr().out
 
 
 def test_refinement_before_llavas_connector(tmp_path: Path) -> None:

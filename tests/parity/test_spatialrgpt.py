@@ -435,6 +435,14 @@ def test_a_source_says_how_to_import_it(source: Path, ours: Path, tmp_path: Path
         import_spatialrgpt(str(source), ours)
 
 
+def test_a_name_is_looked_for_on_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(spatialrgpt, "snapshot_download", lambda name, **_: asked.append(name) or str(source))
+    import_spatialrgpt("somebody/Model-8B", tmp_path / "ours")
+    assert asked == ["somebody/Model-8B"]
+    assert "From `somebody/Model-8B`" in (tmp_path / "ours" / "README.md").read_text()
+
+
 def test_few_tensors_are_held_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes into one file, and nothing that went into those before."""
     read: list[Any] = []

@@ -56,6 +56,11 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         ({"vision_feature_layer": -5}, "between -4 and 3; got -5"),
         ({"vision_config": text_config()}, "must be one of clip_vision_model.*'llama'"),
         ({"vision_config": {**LITE, "image_size": 48}}, "patch size, 32 px; got 48"),
+        (
+            {"image_connector": "downsample"},
+            r"image_connector and region_connector must be one of .*\('mlp', 'shared'\)",
+        ),
+        ({"region_connector": "own"}, "image_connector and region_connector must be one of"),
     ],
 )
 def test_fields_are_checked_together(options: dict[str, Any], words: str) -> None:

@@ -208,6 +208,11 @@ def test_the_models_own_placeholders_do_no_harm_in_a_history(processor: RegionGP
 def test_unfit_parts() -> None:
     with pytest.raises(ConfigError, match="region_format: expected <region> once"):
         make_processor(region_format="[{n}]")
+    for name in ("framing", "mask_weights", "citations"):
+        with pytest.raises(ConfigError, match=f"{name}: expected .* got 'other'"):
+            make_processor(**{name: "other"})
+    with pytest.raises(ConfigError, match="mask_weights: sampled ones go with framing stretch"):
+        make_processor(mask_weights="sampled")
     fine = make_processor()
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ConfigError, match="lacks <image> and <region>; call prepare_tokenizer"):

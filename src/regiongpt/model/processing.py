@@ -113,14 +113,15 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     ):
         if region_format.count(REGION_TOKEN) != 1 or re.search(r"[{}]", region_format.replace("{n}", "")):
             raise ConfigError(f"region_format: expected {REGION_TOKEN} once, no field but {{n}}, got {region_format!r}")
-        kinds = (
-            framing in ("pad", "stretch"),
-            mask_weights in ("exact", "sampled"),
-            citations in ("numbers", "mentions"),
-        )
-        if not all(kinds) or (framing, mask_weights) == ("pad", "sampled"):
-            got = f"{short(framing)}, {short(mask_weights)} and {short(citations)}"
-            raise ConfigError(f"framing, mask_weights and citations are not known, or do not go together: {got}")
+        for name, value, known in (
+            ("framing", framing, ("pad", "stretch")),
+            ("mask_weights", mask_weights, ("exact", "sampled")),
+            ("citations", citations, ("numbers", "mentions")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name}: expected {' or '.join(known)}, got {short(value)}")
+        if mask_weights == "sampled" and (framing, region_grid) != ("stretch", 1):
+            raise ConfigError("mask_weights: sampled ones go with framing stretch and region_grid 1; give exact")
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
         if missing:
             raise ConfigError(f"the tokenizer lacks {' and '.join(missing)}; call prepare_tokenizer on it first")
