@@ -321,9 +321,8 @@ def _weights(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         from regiongpt.model.spatialrgpt import TERMS, import_spatialrgpt
 
         print(TERMS, flush=True)
-        written = import_spatialrgpt(options.source, options.out, options.mask_weights)
-        left_out = f"; left out: {', '.join(written.left_out)}" if written.left_out else ""
-        print(f"{options.out}: {written.parameters / 1e6:.1f} M parameters in {written.files} files{left_out}")
+        count, left_out = import_spatialrgpt(options.source, options.out, options.mask_weights)
+        print(f"{options.out}: {count / 1e6:.1f} M parameters; left out: {', '.join(left_out) or 'nothing'}")
         return 0
     if options.action == "convert":
         weights.convert(options.model, options.out, getattr(torch, options.dtype))

@@ -44,6 +44,9 @@ SIDE, PATCH = 37, 7  # five patches, and two pixels that none of them sees
 GRID, WIDTH, WORDS = 5, VIT["hidden_size"], VIT["hidden_size"]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ADDED = ["[PAD]", "<mask>", "<depth>"]
+# As transformers 4.36 wrote it, and the public code beside that.
+OLD = {"rope_parameters": None, "rope_scaling": None, "dtype": None, "transformers_version": "4.36.2"}
+OLD |= {"model_max_length": 4096, "tokenizer_model_max_length": 4096, "resume_path": "./vlm", "use_cache": True}
 
 
 def random(*shape: int, scale: float = 0.3) -> Tensor:
@@ -72,6 +75,7 @@ def save_spatialrgpt(folder: Path, dtype: torch.dtype = torch.float32, **text: A
     }
     llama = LlamaForCausalLM(text_config(vocab_size=len(tokenizer), **shape, **text)).to(dtype)
     llama.save_pretrained(folder / "llm", max_shard_size="30KB")
+    edit("llm/config.json", **OLD, rope_theta=5e5, torch_dtype=str(dtype).removeprefix("torch."))(folder)
     tokenizer.save_pretrained(folder / "llm")
     tower = SiglipVisionConfig(**VIT, image_size=SIDE, patch_size=PATCH)
     tower.llm_mask_token_id, tower.llm_depth_token_id = tokenizer.convert_tokens_to_ids(ADDED[1:])
@@ -375,7 +379,8 @@ def test_every_tensor_is_as_it_was(text: dict[str, Any], tmp_path: Path, capsys:
     rows = len(llama3_tokenizer())
     assert len(table) == len(processor.tokenizer) == rows + 2
     torch.testing.assert_close(table[rows:], table[:rows].mean(0).expand(2, -1), rtol=0, atol=1e-2)
-    assert "tiny" not in (tmp_path / "ours" / "config.json").read_text()
+    assert "./vlm" not in (tmp_path / "ours" / "config.json").read_text()
+    assert model.config.text_config.rope_parameters["rope_theta"] == 5e5
 
 
 def edit(file: str, **fields: Any) -> Callable[[Path], Any]:

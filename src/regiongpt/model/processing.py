@@ -493,6 +493,7 @@ def _small_enough(picture: Image.Image) -> Image.Image:
 
 def sampled_weights(mask: NDArray[np.bool_], side: int, grid: tuple[int, int]) -> NDArray[np.float32]:
     """Weights of a mask (H, W) on a grid: the nearest pixels of a square, sampled bilinearly at the cells' centres."""
+    # Nearest as OpenCV rounds it: its factor is the inverse of an inverse, and misses some whole numbers.
     rows, columns = (
         np.minimum(np.floor(np.arange(side) * (1 / (side / size))), size - 1).astype(int) for size in mask.shape
     )

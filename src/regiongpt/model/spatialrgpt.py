@@ -45,21 +45,21 @@ _KINDS: dict[str, dict[str, Any]] = {  # what the forward pass here repeats, by 
     "mm_projector/config.json": {"mm_projector_type": "mlp_downsample"},
 }
 _PARTS = ("llm", "vision_tower", "region_extractor", "mm_projector")
-_NAMES = {
-    "llm/": "language_model.",
-    "vision_tower/vision_model.": "vision_tower.",
-    "region_extractor/feature_refinement_module.0.": "refinement.deconv_1.",
-    "region_extractor/feature_refinement_module.1.": "refinement.norm.",
-    "region_extractor/feature_refinement_module.3.": "refinement.deconv_2.",
-    "region_extractor/rgb_projector.": "region_connector.",
-    "mm_projector/layers.1.": "connector.norm.",
-    "mm_projector/layers.2.": "connector.linear_1.",
-    "mm_projector/layers.4.": "connector.linear_2.",
+_NAMES = {  # what names begin with here, and in the source
+    "language_model.": "llm/",
+    "vision_tower.": "vision_tower/vision_model.",
+    "refinement.deconv_1.": "region_extractor/feature_refinement_module.0.",
+    "refinement.norm.": "region_extractor/feature_refinement_module.1.",
+    "refinement.deconv_2.": "region_extractor/feature_refinement_module.3.",
+    "region_connector.": "region_extractor/rgb_projector.",
+    "connector.norm.": "mm_projector/layers.1.",
+    "connector.linear_1.": "mm_projector/layers.2.",
+    "connector.linear_2.": "mm_projector/layers.4.",
 }
 # The depth branch, whose maps another model computes; and tables that older versions stored and all versions compute.
 _LEFT_OUT = re.compile(r"region_extractor/depth_projector\.(weight|bias)|\S+\.(position_ids|inv_freq)")
 _VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-_MADE = ("connector.mean", "connector.std")  # ours alone, 0 and 1
+_MADE = {"connector.mean": 0.0, "connector.std": 1.0}  # ours alone
 
 # What it was trained to read first.
 _SYSTEM = (
@@ -75,30 +75,30 @@ _TEMPLATE = (
 _END_OF_TEXT = "<|end_of_text|>"  # ends the last answer of a conversation, others the end of turn
 
 
-class Imported(NamedTuple):
-    """What an import wrote."""
-
-    parameters: int
-    files: int
-    left_out: list[str]
-
-
 class _Stored(NamedTuple):
-    """A tensor of the source, and its name here."""
+    """A tensor of the source."""
 
     file: Path
     name: str
-    target: str
-    size: int  # bytes
+    shape: list[int]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * (4 if self.dtype == "F32" else 2)
 
 
-def import_spatialrgpt(source: str, out: str | Path, mask_weights: str = "exact") -> Imported:
+def import_spatialrgpt(source: str, out: str | Path, mask_weights: str = "exact") -> tuple[int, list[str]]:
     """Write a SpatialRGPT checkpoint as one of ours, the tensors unchanged.
 
     Args:
         source: a folder, or the name of a repository on the hub.
         out: folder to write, new or empty.
         mask_weights: ``exact``, or ``sampled`` as SpatialRGPT itself weighs regions; see :class:`RegionGPTProcessor`.
+
+    Returns:
+        The number of parameters, and the names of the tensors left out.
 
     Raises:
         CheckpointError: the source is another model, or a file or tensor is missing, unknown or of another shape.
@@ -107,29 +107,26 @@ def import_spatialrgpt(source: str, out: str | Path, mask_weights: str = "exact"
     folder = _folder(source)
     config, processor, generation, stored_rows = _describe(folder, mask_weights)
     with torch.device("meta"):
-        shapes = {
-            name: list(each.shape) for name, each in RegionGPTForConditionalGeneration(config).state_dict().items()
-        }
-    tensors, left_out = _accounted(folder, shapes, stored_rows)
-    missing = shapes.keys() - {each.target for each in tensors} - set(_MADE)
+        model = RegionGPTForConditionalGeneration(config)
+    shapes = {name: list(each.shape) for name, each in model.state_dict().items()}
     if config.tie_word_embeddings:
-        missing.discard(_VOCABULARY[1])
-    if missing:
-        raise CheckpointError(f"{source}: lacks the tensors for {some(missing)}; copy the whole folder again")
+        del shapes[_VOCABULARY[1]]
+    tensors, left_out = _accounted(folder, shapes, stored_rows)
     pieces = list(_pieces(tensors))
     with new_folder(out) as fresh:
         weight_map: dict[str, str] = {}
         for number, piece in enumerate(progress(pieces, "import", "file"), 1):
-            with reading(f"the weights {piece[0].file}"), safe_open(piece[0].file, "pt") as stored:
-                held = {each.target: _lengthened(stored.get_tensor(each.name), shapes[each.target]) for each in piece}
+            file = tensors[piece[0]].file
+            with reading(f"the weights {file}"), safe_open(file, "pt") as stored:
+                held = {name: _lengthened(stored.get_tensor(tensors[name].name), shapes[name]) for name in piece}
             if number == 1:
                 config.dtype = next(iter(held.values())).dtype
-                held |= {name: torch.full(shapes[name], float(name == _MADE[1]), dtype=config.dtype) for name in _MADE}
+                held |= {name: torch.full(shapes[name], value, dtype=config.dtype) for name, value in _MADE.items()}
             name = f"model-{number:05d}-of-{len(pieces):05d}.safetensors"
             save_file(held, fresh / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(held, name)
             del held
-        total = {"total_size": sum(each.size for each in tensors)}
+        total = {"total_size": sum(each.size for each in tensors.values())}
         write_json(fresh / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
         config.architectures = [RegionGPTForConditionalGeneration.__name__]
         config.text_config.dtype = config.vision_config.dtype = config.dtype
@@ -137,7 +134,7 @@ def import_spatialrgpt(source: str, out: str | Path, mask_weights: str = "exact"
             part.save_pretrained(fresh)
         told = f"# SpatialRGPT, imported into RegionGPT\n\nFrom `{source}` by `regiongpt weights import`.\n\n{TERMS}\n"
         (fresh / "README.md").write_text(told, encoding="utf-8")
-    return Imported(sum(math.prod(shapes[name]) for name in weight_map), len(pieces), left_out)
+    return sum(math.prod(shapes[name]) for name in tensors), left_out
 
 
 def _folder(source: str) -> Path:
@@ -194,32 +191,33 @@ def _describe(folder: Path, mask_weights: str) -> tuple[Any, Any, Any, int]:
     return *describe(vision, text, tokenizer, image_processor, processing, **shape), stored_rows
 
 
-def _accounted(folder: Path, shapes: dict[str, list[int]], stored_rows: int) -> tuple[list[_Stored], list[str]]:
-    """The source's tensors as they are stored, and the names of those left out; only the files' headers are read."""
-    tensors: list[_Stored] = []
-    left_out: list[str] = []
-    of_tower = "vision_tower.vision_model." if any(name.startswith("vision_tower.vision_") for name in shapes) else ""
+def _accounted(folder: Path, shapes: dict[str, list[int]], stored_rows: int) -> tuple[dict[str, _Stored], list[str]]:
+    """The source's tensors by their names here, and the names of those left out; only the files' headers are read."""
+    stored: dict[str, _Stored] = {}
     for part in _PARTS:
         for file in _files(folder / part):
-            with reading(f"the weights {file}"), safe_open(file, "pt") as stored:
-                headers = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-                found = [(name, each.get_shape(), each.get_dtype()) for name, each in headers.items()]
-            for name, shape, dtype in found:
-                whole = f"{part}/{name}"
-                if _LEFT_OUT.fullmatch(whole):
-                    left_out.append(whole)
-                    continue
-                start = next((start for start in _NAMES if whole.startswith(start)), "")
-                target = (of_tower if part == "vision_tower" and of_tower else _NAMES.get(start, "")) + whole[
-                    len(start) :
-                ]
-                if target not in shapes or any(each.target == target for each in tensors):
-                    raise CheckpointError(f"{file}: {name} has no place in a SpatialRGPT, or comes twice; not imported")
-                wanted = [stored_rows, *shapes[target][1:]] if target in _VOCABULARY else shapes[target]
-                if shape != wanted or dtype not in ("F32", "F16", "BF16"):
-                    got = f"{shape} of {dtype}, expected {wanted} of floats"
-                    raise CheckpointError(f"{file}: {name} is {got} by the config.json; copy the whole folder again")
-                tensors.append(_Stored(file, name, target, math.prod(shape) * (4 if dtype == "F32" else 2)))
+            with reading(f"the weights {file}"), safe_open(file, "pt") as header:
+                for name in header.keys():  # noqa: SIM118
+                    one = header.get_slice(name)
+                    stored[f"{part}/{name}"] = _Stored(file, name, one.get_shape(), one.get_dtype())
+    tensors: dict[str, _Stored] = {}
+    for target in shapes.keys() - _MADE.keys():
+        start = next(start for start in _NAMES if target.startswith(start))
+        # Older transformers begin a tower's names with vision_model here, too.
+        found = stored.pop(_NAMES[start] + target.removeprefix(start).removeprefix("vision_model."), None)
+        if found is None:
+            continue
+        wanted = [stored_rows, *shapes[target][1:]] if target in _VOCABULARY else shapes[target]
+        if found.shape != wanted or found.dtype not in ("F32", "F16", "BF16"):
+            got = f"{found.shape} of {found.dtype}, expected {wanted} of floats"
+            raise CheckpointError(f"{found.file}: {found.name} is {got} by config.json; copy the whole folder again")
+        tensors[target] = found
+    left_out = [name for name in stored if _LEFT_OUT.fullmatch(name)]
+    if unknown := stored.keys() - set(left_out):
+        raise CheckpointError(f"{folder}: has tensors that no SpatialRGPT has, {some(unknown)}; not imported")
+    missing = shapes.keys() - tensors.keys() - _MADE.keys()
+    if missing:
+        raise CheckpointError(f"{folder}: lacks the tensors for {some(missing)}; copy the whole folder again")
     return tensors, left_out
 
 
@@ -233,14 +231,15 @@ def _files(part: Path) -> list[Path]:
     return [part / name for name in sorted(names)]
 
 
-def _pieces(tensors: list[_Stored]) -> Iterator[list[_Stored]]:
-    """Neighbours of one file, as many as go into a file of ours."""
-    piece: list[_Stored] = []
-    for each in tensors:
-        if piece and (piece[0].file != each.file or sum(one.size for one in piece) + each.size > PIECE):
+def _pieces(tensors: dict[str, _Stored]) -> Iterator[list[str]]:
+    """Names of tensors of one file, as many as go into a file of ours."""
+    piece: list[str] = []
+    for name, each in sorted(tensors.items(), key=lambda item: item[1]):
+        same = piece and tensors[piece[0]].file == each.file
+        if piece and not (same and sum(tensors[one].size for one in piece) + each.size <= PIECE):
             yield piece
             piece = []
-        piece.append(each)
+        piece.append(name)
     yield piece
 
 
