@@ -26,8 +26,9 @@ from regiongpt.prompts import CHAT_TEMPLATES, CONTROL_TOKENS
 from regiongpt.storage import check_new, new_folder, read_json, write_json
 
 TERMS = (
-    "SpatialRGPT's code is under the Apache License 2.0. Its weights were trained from VILA-1.5 (CC-BY-NC-SA-4.0) and "
-    "Llama 3 (Meta Llama 3 Community License): for non-commercial use only. Built with Meta Llama 3."
+    "SpatialRGPT's authors give code and weights under the Apache License 2.0. The weights were trained from VILA-1.5 "
+    "(CC-BY-NC-SA-4.0) and Llama 3 (Meta Llama 3 Community License), whose terms hold too: use them for non-commercial "
+    "purposes only. Built with Meta Llama 3."
 )
 PIECE = 2**29
 """Bytes of a file that is written, unless a single tensor has more."""
