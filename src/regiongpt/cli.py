@@ -414,21 +414,11 @@ def _train(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "Run the same command again to resume. Every field of the recipe can be overridden by its dotted name: "
         "--stage2.lr 5e-4 --data.root DIR."
     )
-    parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a shipped recipe such as finetune_records")
+    parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe such as finetune_records")
     parser.add_argument("--plan", action="store_true", help="estimate parameters, memory and time, and stop")
     parser.add_argument("--debug", action="store_true", help="run in seconds with tiny models and drawn images")
     parser.add_argument("--from-scratch", action="store_true", help="let stage 2 start without stage 1")
-    parser.add_argument("--report", metavar="RUN", type=Path, help="write the report of a run, and stop")
     options, overrides = parser.parse_known_args(words)
-    if options.report:
-        if options.recipe is not None or overrides:
-            raise ConfigError("--report takes no recipe; leave it out")
-        from regiongpt.train.watch import write_report
-
-        print(write_report(options.report))
-        return 0
-    if options.recipe is None:
-        raise ConfigError(f"give a recipe, such as finetune_records; see `{parser.prog} --help`")
     overrides += ["--from_scratch=true"] if options.from_scratch else []
     if script := own_script(options.recipe):
         if options.plan:

@@ -20,7 +20,7 @@ from regiongpt.data.sources import AnnotatedImages
 from regiongpt.drawing import draw_regions
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.report import line_chart, picture, render, write_page
+from regiongpt.report import picture, render, write_page
 from regiongpt.storage import Store, locked, new_folder, sha256, write_file, write_json, writing
 
 _FILES: Final = ("captions", "records", "llava.jsonl", "webdataset", "README.md", "index.html", "manifest.json")
@@ -162,7 +162,7 @@ class Output:
         self.counts.update(kept=1, words=row["words"])
         self._lengths[row["words"] // 10 * 10] += 1
         self._vocabulary.update(words(row["caption"]))
-        if (count := self.counts["kept"]).bit_count() == 1 or count % 2000 == 0:
+        if (count := self.counts["kept"]).bit_count() == 1:
             self._growth.append((count, len(self._vocabulary)))
 
     def _flush(self, folder: Path) -> None:
@@ -208,10 +208,10 @@ class Output:
                 ("cost", f"{cost:,.4f}"),
                 ("regions a second", f"{len(gaps) / max(seconds, 1e-9):,.2f} over {seconds:,.1f} s of work"),
             ],
-            growth=line_chart("Vocabulary growth", {"different words": growth}, "captions"),
             histograms=[
                 ("Words a caption, from", sorted(self._lengths.items())),
                 ("Similarity of crop and caption, about", sorted(self._fits.items())),
+                ("Different words in as many captions", list(growth.items())),
             ],
             gallery=[shown for row in self._gallery if (shown := self._shown(row))],
         )  # fmt: skip

@@ -151,7 +151,7 @@ class EngineConfig(Settings):
 
 
 class WatchConfig(Settings):
-    """Checkpoints, logs and reports."""
+    """Checkpoints and logs."""
 
     keep: Count = 2
     """Checkpoints to keep per stage, besides the best."""
@@ -232,7 +232,7 @@ class Recipe(Settings):
     """Steps that a recipe of this kind can have, in order."""
 
     out: Path = Path("runs/model")
-    """Folder of the run: checkpoints, reports and the finished model."""
+    """Folder of the run: checkpoints, logs and the finished model."""
     seed: Seed = 0
     """Seed of every random number, together with an index and an epoch."""
     steps: tuple[Step, ...] = ()

@@ -31,7 +31,7 @@ from regiongpt.train.checkpoint import require_settings
 from regiongpt.train.dataset import DataCollator, RecordDataset, answer_loss
 from regiongpt.train.loop import Loop, decisive_settings
 from regiongpt.train.recipe import LoraConfig, ModelConfig, Recipe, language_shape, tower_shape
-from regiongpt.train.watch import note_run, report_what_there_is
+from regiongpt.train.watch import note_run
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def train(config: Recipe) -> Path:
 
 @contextmanager
 def training(config: Recipe) -> Iterator[None]:
-    """Lock the run's folder during training, after checking that it can resume; write the report at the end."""
+    """Lock the run's folder during training, after checking that it can resume."""
     config.check_files()
     processes = connect()
     with ExitStack() as stack:
@@ -63,11 +63,7 @@ def training(config: Recipe) -> Iterator[None]:
             if config.runs(name) and (config.out / name / "model" / "config.json").exists():
                 require_settings(config.out / name, decisive_settings(getattr(config, name)))
         keep_freed_memory()
-        try:
-            yield
-        finally:
-            if processes.is_first:
-                report_what_there_is(config.out)
+        yield
 
 
 def _train(config: Recipe) -> Path:

@@ -1,7 +1,8 @@
-"""Logs of a stage, which interruptions do not damage; and the report of a run."""
+"""Logs of a stage, which interruptions do not damage; and the notes of a run."""
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,14 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jinja2 import UndefinedError
-from markupsafe import Markup
 from torch import Tensor
 from tqdm import tqdm
 
 from regiongpt.environment import commit, launched, machine, versions
-from regiongpt.errors import ConfigError, DataError, RegionGPTError
-from regiongpt.report import line_chart, short, write_page
+from regiongpt.errors import ConfigError, DataError
 from regiongpt.storage import finite, read_json, reason, write_file, write_json, writing
 from regiongpt.train.dataset import TASKS
 from regiongpt.train.recipe import Recipe
@@ -26,8 +24,8 @@ log = logging.getLogger(__name__)
 
 LOG, DEV = "log.jsonl", "dev.jsonl"
 """In a stage's folder: every step, and measurements on dev data."""
-PAGE, RUN = "report.html", "run.json"
-"""In a run's folder: its page; its recipe, data and starts."""
+RUN = "run.json"
+"""In a run's folder: its recipe, data and starts."""
 
 _PLAIN: Final = ("loss", "examples", "tokens", "images", "targets")
 
@@ -126,9 +124,6 @@ def _line(values: Mapping[str, Any]) -> str:
     return f"{json.dumps(finite(values), ensure_ascii=False)}\n"
 
 
-# -- a run as a page ---------------------------------------------------------------------------------------------------
-
-
 def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Add a start to ``run.json``: recipe, machine, versions, and what each stage learns from, as plain values."""
     start = {
@@ -141,79 +136,16 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     }
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    notes = {"config": recipe.model_dump(mode="json"), "data": data, "starts": [*_read_notes(out)["starts"], start]}
+    before: list[Any] = []
+    with suppress(DataError, KeyError, TypeError):  # torn notes are worth less than the run
+        before = list(read_json(out / RUN)["starts"])
+    notes = {"config": recipe.model_dump(mode="json"), "data": data, "starts": [*before, start]}
     write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
 
 
-def _read_notes(out: Path) -> dict[str, Any]:
-    """A run's notes; empty ones where they are torn or missing, for they are worth less than the run."""
-    empty: dict[str, Any] = {"config": {}, "data": {}, "starts": []}
-    with suppress(DataError):
-        notes = read_json(out / RUN)
-        if isinstance(notes, dict) and all(isinstance(notes.get(name), type(each)) for name, each in empty.items()):
-            return notes
-    return empty
-
-
-def write_report(out: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not, and name it; DataError where there is no log."""
-    # nano's recipe trains its language model first.
-    stages = sorted(out.glob(f"*/{LOG}"), key=lambda path: (not path.parent.name.startswith("language"), path))
-    if not stages:
-        raise DataError(f"{out}: not the folder of a run: no stage has a {LOG}; give the --out of a run")
-    notes = _read_notes(out)
-    recipe = {name: value for name, value in notes["config"].items() if isinstance(value, dict)}
-    recipe[""] = {name: value for name, value in notes["config"].items() if name not in recipe}
-    try:
-        logs = {path.parent.name.removesuffix("-checkpoints"): read_lines(path) for path in stages}
-        charts = [_charts(logs[name], read_lines(path.with_name(DEV))) for name, path in zip(logs, stages, strict=True)]
-        states = [_state(name, lines) for name, lines in logs.items()]
-        write_page(
-            out / PAGE,
-            "train.html",
-            title=f"Training {out.resolve().name}",
-            made=f"{out}; made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            stages=list(zip(logs, states, charts, strict=True)),
-            starts=notes["starts"],
-            recipe=recipe,
-            data=notes["data"],
-        )
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
-        raise DataError(f"{out}: {RUN} or a log in it is damaged: {error!r}; delete it") from None
-    return out / PAGE
-
-
-def report_what_there_is(out: Path) -> None:
-    """Write the report when a run ends or fails; log errors."""
-    try:
-        if any(read_lines(path) for path in out.glob(f"*/{LOG}")):
-            log.info("report: %s", write_report(out))
-    except (RegionGPTError, OSError) as error:
-        log.warning("no report was made: %s", error)
-
-
-def _state(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    if not lines:
-        return f"{name} has not started"
-    done, steps = lines[-1]["step"], lines[-1]["of"]
-    seconds, tokens = (sum(line[field] for line in lines) for field in ("seconds", "tokens"))
-    last = [line["loss"] for line in lines[-max(1, round(0.05 * len(lines))) :]]
-    state = f"{name} is finished" if done >= steps else f"{name} has done step {done:,} of {steps:,}"
-    state += f": {steps:,} steps, loss {sum(last) / len(last):.4f} (mean of the last {len(last)}), "
-    return state + f"{short(tokens)} tokens in {tqdm.format_interval(seconds)}, {short(tokens / seconds)} per second"
-
-
-def _charts(lines: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]) -> Sequence[Markup]:
-    training, measured, norms = (
-        {line["step"]: line[field] for line in each}
-        for each, field in ((lines, "loss"), (dev, "loss"), (lines, "grad_norm"))
-    )
-    tasks: dict[str, dict[int, float]] = {}
-    for line in lines:
-        for name, each in line["tasks"].items():
-            tasks.setdefault(name, {})[line["step"]] = each["loss"]
-    return [
-        line_chart("Loss", {"training": training, "dev": measured}),
-        line_chart("Loss by task", dict(sorted(tasks.items()))),
-        line_chart("Gradient norm, before clipping", {"norm": norms}),
-    ]
+def short(value: float) -> str:
+    """A number in few characters: ``1.23k``, ``0.034``, ``2e-05``."""
+    for least, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if least <= abs(value) < math.inf:
+            return f"{value / least:.3g}{prefix}"
+    return f"{value:.3g}"
