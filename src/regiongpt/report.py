@@ -1,17 +1,16 @@
-"""Web pages that need no other file: Jinja templates with one layout."""
+"""Web pages that need no other file: Jinja templates with one layout; and tables as text."""
 
 import base64
 import io
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 
-from regiongpt.drawing import COLOURS
-from regiongpt.prompts import PLACEHOLDER
 from regiongpt.storage import write_file
 
 
@@ -42,30 +41,18 @@ def picture(image: Image.Image, alt: str, side: int = 900) -> Markup:
     )
 
 
-def chip(number: int) -> Markup:
-    """The number of a region in the region's colour; in templates ``{{ number | chip }}``."""
-    red, green, blue = COLOURS[(number - 1) % len(COLOURS)]
-    ink = "#212121" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#fff"
-    return Markup(f'<b class="chip" style="background:rgb({red},{green},{blue});color:{ink}">{number}</b>')
-
-
-def chips(text: str) -> Markup:
-    """Text with a chip for every placeholder ``<regionN>``; in templates ``{{ text | chips }}``."""
-    parts, end = [], 0
-    for match in PLACEHOLDER.finditer(text):
-        parts += [escape(text[end : match.start()]), chip(int(match[1])) if match[1] else escape(match[0])]
-        end = match.end()
-    return Markup("").join([*parts, escape(text[end:])])
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines, the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"chip": chip, "chips": chips}
-    return environment

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from evaluating import need_java
 
+from regiongpt.data.reading import overlaps
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate import caption_metrics
 from regiongpt.evaluate.bootstrap import mean_statistic, paired, resample
@@ -19,7 +20,7 @@ from regiongpt.evaluate.caption_metrics import (
     meteor_scores,
     scored_words,
 )
-from regiongpt.evaluate.detection import detection_scores, overlaps, read_name
+from regiongpt.evaluate.detection import detection_scores, read_name
 from regiongpt.evaluate.pope import read_answer, yes_no_statistics
 from regiongpt.evaluate.task import Item
 

@@ -271,25 +271,19 @@ class ImageFinder:
 def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) -> Mapping[str, Any]:
     """The entry of an image among those of an instances file, whose name is ``file``: the inverse of ImageFinder.
 
-    It is the one whose name, or else address, shares the most of the image's path from its end, at least the last part.
-    DataError if none does, or several do.
+    It is the one whose name or address ends the image's path, the longest such, else the one of the same base name.
+    DataError if none is, or several are.
     """
-    path = PurePosixPath(Path(image).absolute().as_posix())
-    ranked = []
-    for entry in images:
-        for k, name in enumerate(_names(entry)):
-            *folders, last = PurePosixPath(name).parts
-            if last == path.name:
-                pairs = zip(folders[::-1], path.parent.parts[::-1], strict=False)
-                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(folders))
-                ranked.append(((k == 0, shared, shared == len(folders)), entry))
-    most = max((rank for rank, _ in ranked), default=(False, 0, False))
-    best = [entry for rank, entry in ranked if rank == most]
+    path = PurePosixPath(Path(image).absolute().as_posix()).parts
+    named = [(PurePosixPath(name).parts, entry) for entry in images for name in _names(entry)]
+    whole = [each for each in named if path[-len(each[0]) :] == each[0]]
+    longest = max((len(parts) for parts, _ in whole), default=1)
+    best = [entry for parts, entry in whole or named if parts[-longest:] == path[-longest:]]
     if len({str(entry.get("id")) for entry in best}) != 1:
         listed = ", ".join(_names(entry)[0] for entry in best[:4])
-        several = f"{len(best)} images that may be {path.name}: {listed}" if best else f"no image called {path.name}"
+        several = f"{len(best)} images that may be {path[-1]}: {listed}" if best else f"no image called {path[-1]}"
         raise DataError(f"{file} has {several}; give --image-id")
-    if not most[2]:
+    if not whole:
         log.warning("%s: %s is matched to %s only by file name", file, _names(best[0])[0], image)
     return best[0]
 

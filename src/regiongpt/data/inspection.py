@@ -21,6 +21,7 @@ from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError, naming
 from regiongpt.images import load_image
 from regiongpt.prompts import PLACEHOLDER
+from regiongpt.report import aligned
 from regiongpt.settings import Settings
 from regiongpt.storage import check_checkpoint, sha256
 
@@ -71,7 +72,8 @@ def inspect(folder: Path, options: Inspection) -> bool:
     records = RecordSet(folder, options.images)
     if not options.record and not options.check:
         read = progress(records, "statistics", "records", len(records))
-        print(as_text(statistics(records.manifest.source, read, records.manifest.rejects)))
+        tables = statistics(records.manifest.source, read, records.manifest.rejects)
+        print("\n\n".join("\n".join(aligned(table)) for table in tables))
         return False
     processor = load_processor(options.model)
     if options.record:
@@ -174,18 +176,6 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
         [["left out by the conversion", "times"], *([kind, f"{n:,}"] for kind, n in sorted(rejects.items()))],
     ]
     return [table for table in tables if len(table) > 1]
-
-
-def as_text(tables: Sequence[Table]) -> str:
-    """Tables for a terminal: words to the left and numbers to the right."""
-    blocks = []
-    for table in tables:
-        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-        for name, *cells in table:
-            right = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
-            blocks.append("   ".join([f"{name:<{first}}", *right]))
-        blocks.append("")
-    return "\n".join(blocks[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

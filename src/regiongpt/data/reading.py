@@ -10,6 +10,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, TypeGuard
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from regiongpt.data.shards import Fault, Rejects
@@ -67,6 +69,14 @@ def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
         within = f"{MIN_AREA} px^2 within {width} x {height} pixels (W x H)"
         raise Fault("box outside the image", f"expected at least {within}, got {short(box)} (x, y, w, h)")
     return x0, y0, x1, y1
+
+
+def overlaps(box: Corners, others: Sequence[Corners]) -> NDArray[np.float64]:
+    """Intersection over union (n,) of a box with each of n others, all xyxy."""
+    own, rest = np.array(box, np.float64), np.array(others, np.float64).reshape(-1, 4)
+    shared = np.clip(np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2]), 0, None).prod(axis=1)
+    areas = (rest[:, 2:] - rest[:, :2]).prod(axis=1) + (own[2:] - own[:2]).prod()
+    return shared / (areas - shared)  # type: ignore[no-any-return]
 
 
 def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:

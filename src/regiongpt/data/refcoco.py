@@ -26,6 +26,7 @@ from regiongpt.data.reading import (
     clipped_box,
     iter_arrays,
     load_plain_pickle,
+    overlaps,
     plain_text,
 )
 from regiongpt.data.records import Record, RecordRegion, Turn
@@ -283,12 +284,9 @@ class RefCocoConverter(Converter):
             for _, text in expressions:
                 meant.setdefault(text.lower(), set()).add(ann_id)
         for ann_id, expressions in refs.items():
-            box = scene.objects[ann_id].box
-            apart = [
-                each
-                for each, other in sorted(scene.objects.items())
-                if not other.crowd and each != ann_id and _overlap(box, other.box) < SAME_OBJECT
-            ]
+            rest = [each for each, one in sorted(scene.objects.items()) if not one.crowd and each != ann_id]
+            shared = overlaps(scene.objects[ann_id].box, [scene.objects[each].box for each in rest])
+            apart = [each for each, share in zip(rest, shared, strict=True) if share < SAME_OBJECT]
             for sent_id, text in expressions:
                 others = [each for each in apart if each not in meant[text.lower()]]
                 if not others:
@@ -316,13 +314,3 @@ class RefCocoConverter(Converter):
             regions.append(RecordRegion(region=Region.box(*box), category=category, source_id=source_id))
         place = f"{self.dataset}-{self._partition}/{self.split}"
         return self.record(f"{place}/{key}", scene.path, (scene.width, scene.height), regions, turns)
-
-
-def _overlap(one: Corners, other: Corners) -> float:
-    """Intersection over union of two boxes."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (one, other)]
-    return width * height / (sum(areas) - width * height)

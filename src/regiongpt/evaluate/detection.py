@@ -205,15 +205,6 @@ def _truth(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, Any]:
 # Average precision
 
 
-def overlaps(box: Sequence[float], others: Sequence[Sequence[float]] | Floats) -> Floats:
-    """Intersection over union (n,) of a box with each of n others (n, 4), all xyxy."""
-    rest = np.asarray(others, np.float64).reshape(-1, 4)
-    own = np.asarray(box, np.float64)
-    shared = np.clip(np.minimum(own[2:], rest[:, 2:]) - np.maximum(own[:2], rest[:, :2]), 0, None).prod(axis=1)
-    areas = (rest[:, 2:] - rest[:, :2]).prod(axis=1)
-    return ratio(shared, areas + (own[2:] - own[:2]).prod() - shared)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Federated:
     """LVIS' fields for images that are not annotated exhaustively."""

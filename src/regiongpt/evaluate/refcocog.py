@@ -11,12 +11,11 @@ import numpy as np
 from pydantic import Field
 
 from regiongpt.data.coco import annotated_box, read_annotation, read_score
-from regiongpt.data.reading import APART, MALFORMED, Corners, iter_array
+from regiongpt.data.reading import APART, MALFORMED, Corners, iter_array, overlaps
 from regiongpt.data.refcoco import read_instances, read_json, read_pickle
 from regiongpt.data.shards import Fault, Rejects, many
 from regiongpt.errors import DataError, short
 from regiongpt.evaluate.bootstrap import mean_statistic
-from regiongpt.evaluate.detection import overlaps
 from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, find, given, images_of, size_name
 from regiongpt.prompts import NO_MATCH, parse_region_answer, question, region_answer
 from regiongpt.regions import Region

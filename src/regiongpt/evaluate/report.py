@@ -15,7 +15,7 @@ from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate import TASKS
 from regiongpt.evaluate.bootstrap import TOO_FEW, Sampled, paired
 from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, PaperTable, Rows
-from regiongpt.report import picture, write_page
+from regiongpt.report import aligned, picture, write_page
 from regiongpt.storage import finite, read_json, reason
 
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
@@ -82,12 +82,6 @@ def as_text(run: TaskRun) -> str:
     if paper := run.result.get("paper"):
         lines += ["", f"  paper: {paper}; another data set is another test"]
     return "\n".join([*lines, *(f"  note: {note}" for note in run.result["notes"])])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines, the first column left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
