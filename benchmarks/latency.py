@@ -3,11 +3,13 @@
     python benchmarks/latency.py --out latency.json
 
 A cold run is a process of its own, from the command to its exit: imports, weights, image, answer. The files it reads
-may be in the system's cache from the run before, so the first run is also given apart. Warm answers come from one
+may be in the system's cache from the run before, so the first run is also given apart. CPU seconds are those of the
+process, user and system, beside those of one that imports torch and ends. Warm answers come from one
 predictor, which has answered once before the clock runs.
 """
 
 import argparse
+import resource
 import shutil
 import statistics
 import subprocess
@@ -47,23 +49,27 @@ def ask_command(image: Path, question: str, box: str, model: Path | None, device
     return command
 
 
-def cold(command: Sequence[str], runs: int) -> tuple[list[float], str]:
-    """Seconds of each run, and the answer.
+def cold(command: Sequence[str], runs: int) -> dict[str, Any]:
+    """Seconds of each run, the answer, and CPU seconds of each run and, in turn with it, of importing torch alone.
 
     Raises:
         RuntimeError: the command failed.
     """
-    seconds, answer = [], ""
+    taken: dict[str, list[float]] = {"seconds": [], "cpu_seconds": [], "torch_cpu_seconds": []}
     progress = Progress("cold", runs, "runs")
     for _ in range(runs):
-        began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-        answer = done.stdout.strip()
+        for name, words in (("torch_", [sys.executable, "-c", "import torch"]), ("", command)):
+            began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run(words, capture_output=True, text=True)
+            seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+            used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            taken[f"{name}cpu_seconds"].append(used)
+        taken["seconds"].append(seconds)
         progress.add()
-    return seconds, answer
+    cpu = {name: statistics.mean(values) for name, values in taken.items() if name != "seconds"}
+    return {**summary(taken["seconds"]), **cpu, "cpu_each": taken, "answer": done.stdout.strip()}
 
 
 def warm(image: Path, question: str, box: str, model: Path | None, device: str | None, runs: int) -> dict[str, Any]:
@@ -139,8 +145,8 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = options.image or photograph(Path(folder))
         if options.cold:
-            seconds, answer = cold(ask_command(image, **asked), options.cold)
-            results["cold_ask"] = {**summary(seconds), "answer": answer}
+            results["cold_ask"] = found = cold(ask_command(image, **asked), options.cold)
+            print(f"CPU seconds: {found['cpu_seconds']:.2f}; of importing torch: {found['torch_cpu_seconds']:.2f}")
         if options.warm:
             results["warm"] = warm(image, runs=options.warm, **asked)
     print(f"{'seconds':<24}{'first':>9}{'median':>9}{'largest':>9}")
