@@ -24,6 +24,8 @@ from regiongpt.prompts import check_text
 from regiongpt.regions import Region
 
 T = TypeVar("T")
+POOLED = 256
+"""Regions whose weights on the grid are in memory at a time."""
 Turn = dict[str, str]
 LEAST_ROOM = 32
 """Tokens that an answer needs in the model's context, unless fewer are requested."""
@@ -131,10 +133,13 @@ class Engine:
     def pool(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> Tensor:
         """Region features (R * K, D), a region's K rows one after the other."""
         self.processor.check_detail(detail)
-        weights_RHW = self.processor.region_inputs(regions, scene.width, scene.height).to(self.device)
-        crops = self.crops(scene, regions) if regions and detail == "careful" else None
-        pooled: Tensor = self.model.region_features(scene.map_1Chw, weights_RHW[None], crops)[0]
-        return pooled
+        pooled = []
+        for start in range(0, len(regions) or 1, POOLED):
+            some = regions[start : start + POOLED]
+            weights_RHW = self.processor.region_inputs(some, scene.width, scene.height, start + 1).to(self.device)
+            crops = self.crops(scene, some) if some and detail == "careful" else None
+            pooled.append(self.model.region_features(scene.map_1Chw, weights_RHW[None], crops)[0])
+        return torch.cat(pooled)
 
     def crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
         """Features (1, R, C) of regions' own crops, those not yet known encoded together."""
