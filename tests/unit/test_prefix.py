@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regiongpt.inference.shared_prefix import Decoder, PrefixCache, RereadingDecoder, decoder_for
+from regiongpt.inference.shared_prefix import Decoder, LeanDecoder, PrefixCache, RereadingDecoder, decoder_for
 
 WORDS = 90
 SHAPE = {
@@ -21,6 +22,7 @@ WINDOW = {**GROUPED, "head_dim": 8, "sliding_window": 8}
 SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, grouped": ("llama", GROUPED),
+    "mistral": ("mistral", {**GROUPED, "sliding_window": None}),
     "mistral, window of 8": ("mistral", {**GROUPED, "sliding_window": 8}),
     "qwen2, one key head": ("qwen2", {"num_key_value_heads": 1}),
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 8}),
@@ -32,6 +34,7 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", GROUPED),
     "mixtral": ("mixtral", {**GROUPED, "num_local_experts": 4}),
 }
+LEAN = {"llama", "llama, grouped", "mistral", "qwen2, one key head"}
 REREADING: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe, a window in its mask alone": ("phimoe", {**GROUPED, "sliding_window": 8, "num_local_experts": 4}),
     "gpt_oss, sinks": ("gpt_oss", {**WINDOW, "num_local_experts": 4}),
@@ -51,6 +54,16 @@ REREADING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
 
 
 def language_model(kind: str, options: dict[str, Any]) -> Any:
@@ -120,8 +133,26 @@ def walk(decoder: Decoder) -> None:
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_prefix_gives_the_logits_of_plain_passes(name):
     decoder = decoder_for(language_model(*SHARING[name]))
-    assert type(decoder) is Decoder
+    assert type(decoder) is (LeanDecoder if name in LEAN else Decoder)
     walk(decoder)
+
+
+def test_a_step_is_few_operations(llama):
+    """Speed is arithmetic and the number of operations around it; the number is the same on every machine."""
+    lean = decoder_for(llama.model)
+    counts = {}
+    for decoder in (llama, lean):
+        words, cache = words_of(llama.model), PrefixCache()
+        prefix = decoder.read(words(5))
+        for _ in range(3):
+            cache.add(prefix)
+        decoder.forward(cache, words(6), [2, 2, 2])
+        with Operations() as counted:
+            decoder.forward(cache, words(3), [1, 1, 1])
+        counts[decoder] = counted.count
+    # Seven products and two attentions a layer, in 2 layers; the rest is around them.
+    assert counts[lean] <= 220
+    assert counts[lean] < 0.85 * counts[llama]
 
 
 @pytest.mark.parametrize("name", REREADING)

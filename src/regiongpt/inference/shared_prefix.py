@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -24,6 +25,7 @@ from regiongpt.model.modeling import cache_argument
 _LOG = logging.getLogger(__name__)
 ATTENTION = "regiongpt_shared_prefix"
 _LAYERS = {"full_attention", "sliding_attention"}  # the kinds that the shared attention computes
+_LEAN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # what LeanDecoder computes
 _GROWTH = 64  # room for tokens grows by this many at a time
 # The CPU's fused attention with its log-sum-exp, which the public function keeps to itself.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -221,6 +223,59 @@ class Decoder:
         return found
 
 
+class LeanDecoder(Decoder):
+    """Runs steps of one token a sequence itself: transformers' own way through a layer costs more than its products."""
+
+    def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
+        if max(step.counts) > 1:
+            return super()._run(step, embeds_ND, wanted_L)
+        model, x = self.model.model, embeds_ND
+        cos_N1E, sin_N1E = (part[0][:, None] for part in model.rotary_emb(x, step.position_N[None]))
+        for index, block in enumerate(model.layers):
+            attention, y = block.self_attn, _normed(block.input_layernorm, x)
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            query, key, value = (each(y).unflatten(-1, (-1, attention.head_dim)) for each in projections)
+            both = torch.cat([query, key], 1)
+            first, second = both.chunk(2, -1)
+            both = both * cos_N1E + torch.cat([-second, first], -1) * sin_N1E
+            query, key = torch.split(both, [query.shape[1], key.shape[1]], 1)
+            step.cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
+            x = x + attention.o_proj(self._attend(step, index, query * attention.scaling).flatten(1))
+            x = x + block.mlp(_normed(block.post_attention_layernorm, x))
+        return self.model.lm_head(_normed(model.norm, x)[wanted_L])  # type: ignore[no-any-return]
+
+    def _attend(self, step: "_Step", index: int, query_RHE: Tensor) -> Tensor:
+        """Attention of each sequence's one new token, whose query is scaled, to its prefixes and itself: (R, H, E)."""
+        layer, group = step.cache.layers[index], step.groups[0]
+        rows, heads, width = query_RHE.shape
+        keys, values = (part[group.chosen][:, :, : group.longest] for part in (layer.keys, layer.values))
+        query_RKgE = query_RHE.view(rows, keys.shape[1], -1, width)
+        # Side by side: each prefix where it stands in its chain, then the sequence's own.
+        longest = max((prefix.length for prefix, _ in step.prefixes), default=0)
+        scores = query_RHE.new_full((*query_RKgE.shape[:3], longest + group.longest), float("-inf"))
+        own_RKgS = query_RKgE @ keys.transpose(-1, -2)
+        scores[..., longest:] = own_RKgS if group.mask is None else own_RKgS + group.mask
+        shared = [
+            (key, prefix.values[index], (tokens, ..., slice(prefix.length - key.shape[1], prefix.length)))
+            for prefix, tokens in step.prefixes
+            for key in [prefix.keys[index]]
+        ]
+        for key, _, place in shared:
+            asked = query_RKgE[place[0]].transpose(0, 1)
+            scores[place] = (asked.flatten(1, 2) @ key.transpose(-1, -2)).view(*asked.shape[:3], -1).transpose(0, 1)
+        shares = scores.softmax(-1, torch.float32).to(values.dtype)
+        out_RKgE: Tensor = shares[..., longest:] @ values
+        for _, value, place in shared:
+            share = shares[place].transpose(0, 1)
+            out_RKgE[place[0]] += (share.flatten(1, 2) @ value).view(*share.shape[:3], -1).transpose(0, 1)
+        return out_RKgE.view(rows, heads, -1)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """What transformers' RMS norm, seven operations, computes, in one."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 class RereadingDecoder(Decoder):
     """For language models with their own attention: caches only embeddings and recomputes every sequence."""
 
@@ -238,25 +293,28 @@ class RereadingDecoder(Decoder):
 
 @torch.inference_mode()
 def decoder_for(language_model: Any) -> Decoder:
-    """A decoder that shares prefixes if a trial on a few tokens succeeds, else one that does not."""
+    """The first decoder that a trial on a few tokens finds right: the quickest first, last one that shares nothing."""
     name = type(language_model).__name__
     kinds = set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
     if getattr(language_model, "_supports_attention_backend", False) and kinds <= _LAYERS:
-        decoder, cache = Decoder(language_model), PrefixCache()
         device = next(language_model.parameters()).device
         embeds_ND = language_model.get_input_embeddings()(torch.arange(6, device=device))
         plain = language_model(inputs_embeds=embeds_ND[None], use_cache=False, logits_to_keep=1)
         expected_V = plain.logits[0, -1].float()
-        try:
-            cache.add(decoder.read(embeds_ND[:3]))
-            found_V = decoder.forward(cache, embeds_ND[3:], [3])[0].float()
-            # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
-            if (found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6):
-                return decoder
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever an architecture does that the shared way does not know
-            _LOG.info("%s cannot share prefixes: %s", name, error)
+        lean = name in _LEAN and not any(_has_window(block.self_attn) for block in language_model.model.layers)
+        for kind in (LeanDecoder, Decoder) if lean else (Decoder,):
+            decoder, cache = kind(language_model), PrefixCache()
+            try:
+                cache.add(decoder.read(embeds_ND[:3]))
+                decoder.forward(cache, embeds_ND[3:5], [2])
+                found_V = decoder.forward(cache, embeds_ND[5:], [1])[0].float()
+                # Half precision rounds; another attention than the model's own is off by as much as the logits vary.
+                if (found_V - expected_V).abs().max() <= 0.2 * expected_V.std().clamp_min(1e-6):
+                    return decoder
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever an architecture does that the shared way does not know
+                _LOG.info("%s cannot share prefixes: %s", name, error)
     _LOG.warning("%s cannot share prefixes: each token recomputes the sequence, which is slow", name)
     return RereadingDecoder(language_model)
 
