@@ -157,6 +157,30 @@ def test_batched_answers_are_those_to_single_questions(data, checkpoint, tmp_pat
         assert alone["probability"] == pytest.approx(together["probability"], abs=1e-5)
 
 
+def test_an_answer_takes_its_probability_from_its_own_steps(data, monkeypatch):
+    from regiongpt import RegionPredictor
+    from regiongpt.inference.choices import answer_scores
+    from regiongpt.inference.engine import question_turns
+
+    engine = (predictor := RegionPredictor.from_pretrained()).engine
+    drawn = [item for item in Drawn(data=data).items() if item.image_id == 1]
+    items = [replace(item, choices=(), sure=True, max_new_tokens=16) for item in drawn]
+    calls = []
+    with monkeypatch.context() as patch:
+        for owner, name in ((engine, "encode_image"), (engine.decoder, "forward")):
+            work = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, name=name, work=work, **k: (calls.append(name), work(*a, **k))[1])
+        found = answer_image(predictor, items)
+    # One image, and passes for its prefix and for each token of the longest answer.
+    assert calls.count("encode_image") == 1
+    assert calls.count("forward") <= 1 + 16
+    scene = predictor.set_image(items[0].image)._here()
+    for item, own in zip(items, found, strict=True):
+        turns, features = question_turns((), item.question), engine.pool(scene, item.regions)
+        expected = answer_scores(engine, scene, turns, [features], [own["text"]])[0, 0].exp()
+        assert own["probability"] == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_a_question_too_long_for_the_model_is_counted_and_said(data, checkpoint, tmp_path, capsys):
     assert evaluate(data, checkpoint, tmp_path, "--limit", "1", "--wording", "What is <region1>? " * 200) == 0
     printed = capsys.readouterr().out

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -251,25 +252,24 @@ def answer_image(
             prompt = engine.prompt(turns, features[k], len(item.regions), item.max_new_tokens)
             if item.choices:
                 together.setdefault(closed_set(engine, turns, len(item.regions), item.choices), []).append(k)
-            prompts[k] = (scene, prompt, Options(max_new_tokens=item.max_new_tokens))
+            prompts[k] = (scene, replace(prompt, sure=item.sure), Options(max_new_tokens=item.max_new_tokens))
         except TooLong as error:
             found[k]["refused"] = str(error)
     likelihoods: dict[int, torch.Tensor] = {}
     for closed, places in together.items():
         likelihoods |= zip(places, log_likelihoods(engine, scene, closed, [features[k] for k in places]), strict=True)
-    for place, answer in engine.answers(list(prompts.values())):
-        found[list(prompts)[place]]["text"] = answer.text
+    said = {list(prompts)[place]: answer for place, answer in engine.answers(list(prompts.values()))}
     for k in prompts:
-        item, own, text, likely = items[k], found[k], found[k]["text"], likelihoods.get(k)
+        item, own, text, likely = items[k], found[k], said[k].text, likelihoods.get(k)
+        own["text"] = text
         if likely is not None:
             own["scores"] = tuple(likely.softmax(-1).tolist())
         if item.sure and text:
-            with suppress(TooLong):  # with the end of the turn behind it
-                if likely is not None and text in item.choices:
-                    sure = likely[item.choices.index(text)]
-                else:
+            own["probability"] = said[k].probability
+            if not said[k].complete:  # the text that was cut off, with the end of the turn behind it
+                with suppress(TooLong):
                     sure = answer_scores(engine, scene, question_turns((), item.question), [features[k]], [text])[0, 0]
-                own["probability"] = min(1.0, math.exp(sure))
+                    own["probability"] = min(1.0, math.exp(sure))
         found[k] = Answer.read(own, f"{item.image.name}, item {item.id}: ").to_dict()
     return found
 

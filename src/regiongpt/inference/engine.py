@@ -3,6 +3,7 @@
 Shapes: R regions, K tokens of a region, T prompt tokens, N tokens behind the shared prefix, D model width.
 """
 
+import math
 import re
 import threading
 import time
@@ -58,6 +59,7 @@ class Answer:
         seconds: wall time from the call to the end of this answer, without encoding images.
         complete: False where the answer was cut off at ``max_new_tokens``.
         tokens: how many the model wrote, including the one that ends the answer.
+        probability: of the text and its end, where it was requested and the answer was not cut off.
     """
 
     text: str
@@ -66,6 +68,7 @@ class Answer:
     seconds: float = 0.0
     complete: bool = True
     tokens: int = 0
+    probability: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ class Prompt:
     room: int  # how many tokens the answer may have
     question: str = ""  # the last one, whose regions the answer names
     warnings: tuple[str, ...] = ()
+    sure: bool = False  # whether the answer's probability is wanted
 
 
 class TooLong(DataError):
@@ -213,7 +217,8 @@ class Engine:
         """A prompt as the scheduler takes it."""
         prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
         reader = self.reader(prompt, options) if streams or options.stop else None
-        return Job(prefix=prefix, embeds=embeds_ND, options=options, room=prompt.room, reader=reader)
+        room, sure = prompt.room, prompt.sure
+        return Job(prefix=prefix, embeds=embeds_ND, options=options, room=room, sure=sure, reader=reader)
 
     def reader(self, prompt: Prompt, options: Options) -> TextReader:
         """Reads an answer as its tokens come."""
@@ -235,6 +240,7 @@ class Engine:
             seconds=time.perf_counter() - began,
             complete=stopped is not None or end is not None,
             tokens=len(job.tokens) if end is None else end + 1,
+            probability=min(1.0, math.exp(job.likelihood)) if job.sure and end is not None else None,
         )
 
     def stream(self, scene: Scene, prompt: Prompt, options: Options) -> Iterator[str]:

@@ -35,8 +35,10 @@ class Job:
     embeds: Tensor  # (T, D), the rest of the question
     options: Options
     room: int  # most tokens to write, at least 1
+    sure: bool = False  # whether the likelihood is wanted
     reader: "TextReader | None" = None  # decodes along the way, to stream and for stop strings
     tokens: list[int] = field(default_factory=list)  # those written, including the one that ended the answer
+    likelihood: float = 0.0  # the logarithm of their probability
     finished: bool = False
     cancelled: bool = False
     admitted: bool = False
@@ -177,6 +179,9 @@ class Scheduler:
         counts = [1] * len(going) + [len(job.embeds) for job in entering]
         logits_RV = self.decoder.forward(self._cache, torch.cat(embeds), counts)
         chosen = choose(logits_RV, list(self._running), self._never)
+        if sure := [row for row, job in enumerate(self._running) if job.sure]:
+            for row, logs_V in zip(sure, logits_RV[sure].float().log_softmax(-1), strict=True):
+                self._running[row].likelihood += float(logs_V[chosen[row]])
         for row, token in reversed(list(enumerate(chosen))):
             job = self._running[row]
             job.tokens.append(token)
