@@ -14,6 +14,7 @@ product of matrices.
 import argparse
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -195,50 +196,57 @@ class Bench:
         return {"step": step, "prompts": first, "all": first + (self.tokens - 1) * step, "bytes_read_per_step": read}
 
 
-def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure_machine(device: torch.device, dtype: torch.dtype, clock: str) -> dict[str, float]:
     """Bytes read a second by a large sum, and operations a second of a large product, the best of three each."""
     numbers = torch.ones(64 * 2**20, device=device, dtype=dtype)
     square = torch.randn((1024, 1024), device=device, dtype=dtype)
-    summing = min(timed(numbers.sum, device) for _ in range(3))
-    product = min(timed(lambda: square @ square, device) for _ in range(5))
+    summing = min(timed(numbers.sum, device, clock) for _ in range(3))
+    product = min(timed(lambda: square @ square, device, clock) for _ in range(5))
     return {"bytes_per_second": numbers.nbytes / summing, "flops": 2 * 1024**3 / product}
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
+CLOCK = {"cpu": time.process_time, "wall": time.perf_counter}
+"""CPU seconds, in one thread, for a machine that does other work too."""
+
+
+def timed(work: Callable[[], Any], device: torch.device, clock: str = "wall") -> float:
+    began = CLOCK[clock]()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return CLOCK[clock]() - began
 
 
-def generation(bench: Bench, counts: Sequence[int], alone: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def generation(bench: Bench, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of each way at each number of regions.
 
     What else runs on the machine changes from minute to minute, so the ways take turns, the machine's own limits are
-    measured between them, and of each the best of two rounds counts. A share of the limit above 1 still says that the
-    machine was busier while the limits were measured: such a row is not to be trusted.
+    measured between them; given are the means over the rounds and their deviations. A share of the limit above 1 still
+    says that the machine was busier while the limits were measured: such a row is not to be trusted.
     """
-    device, rows = bench.engine.device, []
+    device, counts, clock, rows = bench.engine.device, options.regions, options.clock, []
     bench.shared(boxes(2))  # once unmeasured
     progress = Progress("answers", len(counts), "numbers of regions")
     for count in counts:
         row: dict[str, Any] = {"regions": count, "cache_bytes": {}}
         rounds: list[dict[str, float]] = []
         machines = []
-        for _ in range(2):
-            machines.append(measure_machine(device, dtype))
-            some = min(alone, count)
-            found = {"alone": timed(partial(bench.alone, boxes(some)), device) * count / some}
+        for _ in range(options.rounds):
+            machines.append(measure_machine(device, dtype, clock))
+            some = min(options.alone, count)
+            found = {"alone": timed(partial(bench.alone, boxes(some)), device, clock) * count / some}
             for way in ("copied", "shared"):
-                found[way] = timed(partial(getattr(bench, way), boxes(count)), device)
+                found[way] = timed(partial(getattr(bench, way), boxes(count)), device, clock)
                 row["cache_bytes"][way] = bench.cache_bytes
-            found["encode"] = timed(partial(bench.engine.encode_image, Image.fromarray(bench.photo)), device)
+            found["encode"] = timed(partial(bench.engine.encode_image, Image.fromarray(bench.photo)), device, clock)
             rounds.append(found)
-        machines.append(measure_machine(device, dtype))
+        machines.append(measure_machine(device, dtype, clock))
         row["machine"] = {key: max(machine[key] for machine in machines) for key in machines[0]}
         row["rounds"] = rounds
-        row["seconds"] = {way: min(found[way] for found in rounds) for way in rounds[0]}
+        row["seconds"], row["deviation"] = (
+            {way: number([found[way] for found in rounds]) for way in rounds[0]}
+            for number in (statistics.mean, statistics.pstdev)
+        )
         row["times_faster"] = {way: row["seconds"][way] / row["seconds"]["shared"] for way in ("alone", "copied")}
         row["tokens_per_second"] = count * bench.tokens / row["seconds"]["shared"]
         row["limit"] = bench.limit(count, row["machine"])
@@ -326,6 +334,20 @@ def grown_memory() -> Iterator[dict[str, int]]:
         watcher.join()
 
 
+def peak_memory(count: int) -> int:
+    """Bytes that a process holds at most that describes ``count`` regions of an image by ``nano``."""
+    work = f"predictor.set_image(photograph()).describe(boxes({count}), brief=True, max_new_tokens=2)"
+    text = f"""import resource
+from many_regions import RegionPredictor, boxes, photograph
+predictor = RegionPredictor.from_pretrained()
+{work}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return int(done.stdout)
+
+
 def compiled(engine: Engine, rows: int) -> dict[str, float]:
     """Seconds of one step of the language model, a token for each of ``rows`` sequences, plain and compiled."""
     model = engine.model.language_model
@@ -373,14 +395,15 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for name, found in results.items():
         lines.append(f"{name}: {found['tokens']} new tokens a region")
-        lines.append(f"  {'regions':>8}{'alone s':>10}{'copied s':>10}{'shared s':>10}{'x alone':>9}{'x copied':>9}"
+        lines.append(f"  {'regions':>8}{'alone s':>12}{'copied s':>12}{'shared s':>12}{'x alone':>9}{'x copied':>9}"
                      f"{'tok/s':>9}{'of limit':>9}{'MB copied':>11}{'MB shared':>11}{'GB/s':>7}"
                      f"{'GFLOP/s':>9}")  # fmt: skip
         for row in found["generation"]:
             seconds, memory = row["seconds"], row["cache_bytes"]
             machine = row["machine"]
+            spread = {way: f"{seconds[way]:.2f}±{row['deviation'][way]:.2f}" for way in WAYS}
             lines.append(
-                f"  {row['regions']:>8}{seconds['alone']:>10.2f}{seconds['copied']:>10.2f}{seconds['shared']:>10.2f}"
+                f"  {row['regions']:>8}{spread['alone']:>12}{spread['copied']:>12}{spread['shared']:>12}"
                 f"{row['times_faster']['alone']:>9.1f}{row['times_faster']['copied']:>9.2f}"
                 f"{row['tokens_per_second']:>9.0f}{row['share_of_limit']:>9.0%}"
                 f"{memory['copied'] / 1e6:>11.1f}{memory['shared'] / 1e6:>11.1f}"
@@ -416,6 +439,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     results: dict[str, Any] = {}
+    peaks = {count: peak_memory(count) for count in options.memory}
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
     for name in options.models:
         print(f"{name} ...", file=sys.stderr)
         if name == "nano":
@@ -425,7 +451,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 model, processor = random_model(name, Path(folder), device, dtype)
         engine = RegionPredictor(model.to(device, dtype), processor).engine
         bench = Bench(engine, options.tokens)
-        rows = generation(bench, options.regions, options.alone, dtype)
+        rows = generation(bench, dtype, options)
         found: dict[str, Any] = {"tokens": options.tokens, "generation": rows}
         if options.choice_regions:
             many = options.many_choices if name == "nano" else 0
@@ -436,9 +462,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "benchmark": "many_regions",
         "results": results,
+        "peak_memory_bytes": peaks,
         **stamp(vars(options), {"model": weights.nano_path()}),
     }
     print(table(results))
+    for count, peak in peaks.items():
+        print(
+            f"describing {count} regions: at most {peak / 2**20:.0f} MiB, {peak / min(peaks.values()):.2f}x the least"
+        )
     if options.plot:
         plot(results, options.plot)
     if options.out:
@@ -448,10 +479,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS[:2]))
     parser.add_argument("--regions", type=int, nargs="+", default=[1, 4, 16, 64], metavar="N")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="new tokens of each answer (default: 32)")
     parser.add_argument("--alone", type=int, default=4, metavar="N", help="regions really asked alone (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of each (default: 5)")
+    parser.add_argument("--clock", choices=CLOCK, default="wall", help="cpu: CPU seconds of one thread")
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[], metavar="N", help="peak memory of describing N regions, each apart"
+    )
     parser.add_argument(
         "--choice-regions", type=int, default=32, metavar="N", help="regions to classify; 0: not at all"
     )
