@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regiongpt.model.modeling import number_ids
+from regiongpt.model.modeling import number_ids, position_code
 from regiongpt.prompts import COCO_80
 from regiongpt.train.dataset import answer_output
 from regiongpt.train.packing import isolate_turns
@@ -74,11 +74,13 @@ class Marks(NamedTuple):
         region: The id of ``<region>``.
         offset: How far before a region its number stands, the word of which is added; 0 if regions carry none.
         image: The id of ``<image>``, the word of which is added to each cell; None if cells carry none.
+        position: Length of the code of a region's place; 0 if regions carry none.
     """
 
     region: int
     offset: int = 0
     image: int | None = None
+    position: float = 0.0
 
 
 def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[str, Tensor], items: Any) -> Tensor:
@@ -89,7 +91,8 @@ def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[st
         marks: What regions and cells carry beside the names.
         model: A causal language model.
         batch: ``input_ids``, ``labels``, ``stand_ins`` and ``turns`` (B, T): the class whose name stands at a token, 80
-            for none, -1 for a word; the text that a token belongs to; ``noise_seeds`` and ``blurs`` (B,), in [0, 1].
+            for none, -1 for a word; the text that a token belongs to; ``boxes`` (B, T, 4) of regions as shares of the
+            image; ``noise_seeds`` and ``blurs`` (B,), in [0, 1].
         items: Target tokens of the optimiser step.
     """
     table = model.get_input_embeddings()
@@ -100,8 +103,11 @@ def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[st
         classes = classes[classes >= 0]
         blurred.append(blur(names, classes, torch.Generator().manual_seed(seed), strength))
     embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
+    is_region = batch["input_ids"] == marks.region
+    if marks.position:
+        code = position_code(batch["boxes"][is_region], embeds.shape[-1])
+        embeds[is_region] = embeds[is_region] + marks.position * code.to(embeds)
     if marks.offset:
-        is_region = batch["input_ids"] == marks.region
         embeds[is_region] = embeds[is_region] + table(number_ids(batch["input_ids"], marks.region, marks.offset))
     if marks.image is not None:
         embeds[batch["input_ids"] == marks.image] += table.weight[marks.image]

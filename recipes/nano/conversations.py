@@ -7,28 +7,36 @@ Paper: §3.2, Table 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from expressions import distinctions, express, fitting_expression
 from numpy.typing import NDArray
-from sentences import describe, relate, say_presence
+from sentences import describe, place_words, relate, say_presence
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import (
     CALLED,
+    CHECKED,
+    COLOURED,
     COLOURS,
+    COMPARED,
     MIN_AREA,
+    PLACED,
+    SIZED,
+    UNKNOWN,
     View,
     ViewObject,
     clashing,
     noun,
     pick,
+    plural,
     relation,
+    size_name,
     with_article,
 )
 from regiongpt.errors import ConfigError, RegionError
-from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
+from regiongpt.prompts import COCO_80, COMMON, NO_MATCH, OFF_TOPIC, question, region_answer
 from regiongpt.regions import Region
 
 DEFAULT_MIX: Mapping[str, float] = {
@@ -42,6 +50,13 @@ DEFAULT_MIX: Mapping[str, float] = {
     "locate_each": 0,
     "presence_each": 0,
     "image_caption": 1,
+    "where": 0.5,
+    "size": 0.3,
+    "colour": 0.5,
+    "check": 1,
+    "compare": 0.4,
+    "count": 0.1,
+    "other": 0.4,
 }
 """How many turns of each task a conversation holds on average; a fraction is a chance."""
 
@@ -52,6 +67,10 @@ MOST_ASKED = 5
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
+# Of the questions about a colour, so many are about an object without a clear one.
+UNCLEAR_SHARE = 0.15
+# An area so many times another is bigger; one up to so many times is about the same.
+BIGGER, SAME = 1.5, 1.15
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
 
@@ -165,6 +184,13 @@ class ConversationSampler:
             "presence": lambda: self._presence(rng, view),
             "presence_each": lambda: self._presence_each(rng, view),
             "image_caption": lambda: _caption(rng, view),
+            "where": lambda: _where(rng, view, chosen),
+            "size": lambda: _size(rng, view, chosen),
+            "colour": lambda: _colour(rng, chosen, colours),
+            "check": lambda: self._check(rng, chosen),
+            "compare": lambda: _compare(rng, chosen),
+            "count": lambda: _count(rng),
+            "other": lambda: _other(rng, chosen),
         }
         plans: list[_Plan | None] = []
         for task, mean in self.mix.items():
@@ -213,6 +239,17 @@ class ConversationSampler:
         text = question("presence", int(rng.integers(10)), category=category)
         answer = say_presence(rng, view, category)
         return _Plan("presence", (), lambda numbers: (text, answer))
+
+    def _check(self, rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+        """Whether an object is of a class: its own, or one that is as common as those of other objects."""
+        if not chosen:
+            return None
+        each, name = pick(rng, chosen), ""
+        if rng.random() < 0.5:
+            weights = np.sqrt(self.statistics.boxes + 1) * np.array([other != each.category for other in COCO_80])
+            name = COCO_80[int(rng.choice(80, p=weights / weights.sum()))]
+        answer = CHECKED["no" if name else "yes"].format(a=with_article(noun(each.category)))
+        return _common(rng, "check", (each,), answer, a=with_article(noun(name or each.category)))
 
     def _presence_each(self, rng: np.random.Generator, view: View) -> _Plan | None:
         """Whether several classes are there, about as many of which are as are not."""
@@ -313,7 +350,8 @@ def _refer(
     for k in rng.permutation(len(chosen))[:4]:
         if facts := distinctions(view, chosen[k], colours):
             wording = int(rng.integers(10))
-            return _worded("refer", wording, (chosen[k],), express(rng, chosen[k].category, *pick(rng, facts)))
+            text = express(rng, chosen[k].category, *pick(rng, facts)).replace("the only ", "the ")
+            return _worded("refer", wording, (chosen[k],), text)
     return None
 
 
@@ -334,6 +372,75 @@ def _worded(task: str, wording: int, objects: tuple[ViewObject, ...], answer: st
         return question(task, wording, regions=numbers), answer.replace("{i}", str(i)).replace("{j}", str(j))
 
     return _Plan(task, objects, write)
+
+
+def _common(rng: np.random.Generator, task: str, objects: tuple[ViewObject, ...], answer: str, **slots: str) -> _Plan:
+    """One of the questions that people ask, with its answer."""
+    text = pick(rng, COMMON[task])
+
+    def write(numbers: list[int]) -> tuple[str, str]:
+        r, s = (*(f"<region{number}>" for number in numbers), "", "")[:2]
+        return text.format(r=r, s=s, **slots), answer
+
+    return _Plan(task, objects, write)
+
+
+def _where(rng: np.random.Generator, view: View, chosen: Sequence[ViewObject]) -> _Plan | None:
+    each = pick(rng, chosen) if chosen else None
+    place = place_words(rng, view, each) if each else None
+    return _common(rng, "where", (each,), PLACED.format(place=place)) if each and place else None
+
+
+def _size(rng: np.random.Generator, view: View, chosen: Sequence[ViewObject]) -> _Plan | None:
+    if not chosen:
+        return None
+    each = pick(rng, chosen)
+    return _common(rng, "size", (each,), SIZED[size_name(each.box, view.width, view.height)])
+
+
+def _colour(rng: np.random.Generator, chosen: Sequence[ViewObject], colours: Mapping[int, str]) -> _Plan | None:
+    """The colour of an object that has a clear one, or at times of one that has none."""
+    unclear = rng.random() < UNCLEAR_SHARE
+    options = [each for each in chosen if (each.id in colours) != unclear] if colours else []
+    if not options:
+        return None
+    each = pick(rng, options)
+    return _common(rng, "colour", (each,), UNKNOWN if unclear else COLOURED.format(colour=colours[each.id]))
+
+
+def _compare(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+    if len(chosen) < 2:
+        return None
+    a, b = (chosen[k] for k in rng.permutation(len(chosen))[:2])
+    times = a.area / b.area
+    how = "bigger than" if times >= BIGGER else "smaller than" if times <= 1 / BIGGER else "about as big as"
+    if how == "about as big as" and not 1 / SAME <= times <= SAME:
+        return None
+    return _common(rng, "compare", (a, b), COMPARED[how])
+
+
+def _count(rng: np.random.Generator) -> _Plan:
+    return _common(rng, "count", (), UNKNOWN, ns=plural(pick(rng, COCO_80)))
+
+
+def _other(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan:
+    """A question that no image answers."""
+    text = pick(rng, [each for each in OFF_TOPIC["trained"] if chosen or "<region1>" not in each])
+    objects = (pick(rng, chosen),) if "<region1>" in text else ()
+    return _Plan("other", objects, lambda numbers: (text.replace("<region1>", f"<region{(*numbers, 0)[0]}>"), UNKNOWN))
+
+
+def of_blank(talk: Conversation) -> Conversation | None:
+    """The questions of a conversation that a blank image leaves without an answer, and what to say to them."""
+    messages: list[dict[str, str]] = []
+    tasks = []
+    for asked, task in zip(talk.messages[::2], talk.tasks, strict=True):
+        if task in ("classify", "describe", "caption", "refer", "colour", "check", "image_caption", "presence"):
+            text = asked["content"].removeprefix("<image>\n")
+            messages.append({"role": "user", "content": text if messages else f"<image>\n{text}"})
+            messages.append({"role": "assistant", "content": "No." if task == "presence" else UNKNOWN})
+            tasks.append(task)
+    return replace(talk, messages=messages, tasks=tasks) if tasks else None
 
 
 def _caption(rng: np.random.Generator, view: View) -> _Plan | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conversations import Conversation, ConversationSampler
+from conversations import Conversation, ConversationSampler, of_blank
 from features import FeatureStore, plan_views
 from recipe import FeatureConfig
 from torch.utils.data import Dataset
@@ -23,6 +23,9 @@ from regiongpt.train.packing import turn_numbers
 
 EXTRAS = ("tasks", "turns", "region_classes", "cell_classes")
 """Fields of a batch of conversations besides the model's inputs."""
+
+BLANK_SHARE = 0.02
+"""Share of the conversations that are about an image that shows nothing."""
 
 _WINDOW = 16
 # An image token's cell shows an object that fills this much of it, or lies in it with half of its own box.
@@ -72,14 +75,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index, number, view, conversation = self.draw(item)
+        rng, features = np.random.default_rng((self.seed, 11, item)), None
+        if self.store.blanks is not None and rng.random() < BLANK_SHARE and (talk := of_blank(conversation)):
+            conversation, features = talk, self.store.blanks[int(rng.integers(len(self.store.blanks)))]
         example: dict[str, Any] = self.processor.encode_conversation(
             conversation.messages, regions=conversation.regions, image_size=(round(view.width), round(view.height))
         )
-        example["vision_features"] = self.store.row(index, number)
+        example["vision_features"] = self.store.row(index, number) if features is None else features
         example["region_classes"] = torch.tensor(
             [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
         ).repeat_interleave(self.processor.tokens_per_region)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
+        if features is not None:
+            example["region_classes"].fill_(-1)
+            example["cell_classes"].fill_(False)
         example["tasks"] = task_numbers(example["labels"], conversation.tasks)
         example["turns"] = torch.zeros_like(example["input_ids"])
         if np.random.default_rng((self.seed, 7, item)).random() < self.isolated_share:

@@ -67,12 +67,14 @@ class FeatureStore:
         colours: For each image, the name of the dominant colour of each object whose colour is clear.
         places: For each image, its place among those of ``features``; None where they are the same.
         checksums: CRC-32 of each view of each image of ``features``; None where nothing is checked.
+        blanks: Features (N, C, h, w) of images that show nothing.
     """
 
     features: np.ndarray
     colours: Sequence[dict[int, str]]
     places: Sequence[int] | None = None
     checksums: Sequence[Sequence[int]] | None = None
+    blanks: torch.Tensor | None = None
 
     def place(self, index: int) -> int:
         """Where an image stands among those of the cache, by which its crops are drawn."""
@@ -99,7 +101,8 @@ class FeatureStore:
                 f"{len(lacking) - 1} others; leave features.root out, or give the folder that holds them"
             )
         places = [at[image.path.resolve()] for image in images]
-        return FeatureStore(self.features, [self.colours[place] for place in places], places, self.checksums)
+        colours = [self.colours[place] for place in places]
+        return FeatureStore(self.features, colours, places, self.checksums, self.blanks)
 
 
 def build_features(
@@ -155,7 +158,16 @@ def build_features(
                 os.fsync(file.fileno())
                 write_json(side_file, {**state, "done": index + 1}, indent=None)
     named = [{int(k): v for k, v in each.items()} for each in colours]
-    return FeatureStore(np.load(path, mmap_mode="r"), named, checksums=checksums)
+    blanks = torch.cat([model.encode_image(processor.pixels_of(each)) for each in blank_images()])
+    return FeatureStore(np.load(path, mmap_mode="r"), named, checksums=checksums, blanks=blanks.float())
+
+
+def blank_images() -> list[Image.Image]:
+    """Images that show nothing: one colour, or noise."""
+    colours = ((0, 0, 0), (255, 255, 255), (127, 127, 127), (200, 30, 30), (30, 60, 200))
+    noise = np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), dtype=np.uint8)
+    noise[1] = noise[1] // 4  # nearly dark
+    return [*(Image.new("RGB", (128, 96), each) for each in colours), *(Image.fromarray(each) for each in noise)]
 
 
 def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | None:

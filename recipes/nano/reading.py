@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations
-from regiongpt.data.facts import View
+from regiongpt.data.facts import UNKNOWN as CANNOT_TELL
+from regiongpt.data.facts import View, pick
 from regiongpt.model.processing import IGNORED
-from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, replace_placeholders
+from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, question, replace_placeholders
 from regiongpt.train.stages import train_tokenizer
 
 READING_MIX = {
@@ -35,6 +36,12 @@ READING_MIX = {
     "locate_each": 1.0,
     "presence_each": 0.8,
     "image_caption": 0.6,
+    "where": 0.8,
+    "size": 0.3,
+    "check": 0.6,
+    "compare": 0.5,
+    "count": 0.1,
+    "other": 0.4,
 }
 """Turns of each task in a conversation that is read: more about several regions than in one about images."""
 
@@ -62,6 +69,12 @@ Names are many words, where the others are two or six: with a third of each, nam
 READ_GRID = 6
 """Most rows and columns of an image in the texts, where a cell is a token of its own."""
 
+BLANKS = 0.02
+"""Share of the exercises that are about an image that shows nothing."""
+
+NOWHERE = (0.0, 0.0, 0.0, 0.0)
+"""The box of what is no region."""
+
 _TRIES = 4  # texts that may turn out too long for what is left of a window
 _MOST_REGIONS, _MOST_NAMES, _MOST_CELLS = 5, 5, 3  # in an exercise: and on each side of a rectangle
 
@@ -74,11 +87,13 @@ class Text:
         pieces: By turns what is given and what is supervised; a region is its region token, an image its image token.
         shown: For each region in order, the index of its class.
         cells: For each cell of the image, the index of a class that it shows, or :data:`UNKNOWN`; empty without one.
+        boxes: For each region its box, as shares of the image's width and height.
     """
 
     pieces: tuple[str, ...]
     shown: tuple[int, ...] = ()
     cells: tuple[int, ...] = ()
+    boxes: tuple[tuple[float, ...], ...] = ()
 
 
 def conversation_texts(
@@ -101,8 +116,8 @@ def conversation_texts(
         # What few cells show at all would else be lost among what many do, and be asked for nevertheless.
         rarest = np.argsort(shown.sum(0), kind="stable")
         cells = tuple(int(rarest[each[rarest].argmax()]) if each.any() else UNKNOWN for each in shown)
-        for question, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
-            asked, said = question["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
+        for ask, answer in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
+            asked, said = ask["content"].removeprefix(f"{IMAGE_TOKEN}\n"), answer["content"]
             numbers = placeholders(asked)
             classes = [COCO_80.index(conversation.categories[number - 1]) for number in numbers]
             if len(classes) == 1 and said == COCO_80[classes[0]] and rng.random() < 0.5:
@@ -110,7 +125,10 @@ def conversation_texts(
                 said = COCO_80[classes[0]]
             seen = not numbers or rng.random() < IMAGED
             given = _opening(asked, seen, region_format)
-            yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else ())
+            size = (image.width, image.height)
+            bounds = [conversation.regions[number - 1].bounds(*size) for number in numbers]
+            boxes = tuple(tuple(np.divide(each, size * 2).tolist()) for each in bounds)
+            yield Text(pieces=(given, " " + said), shown=tuple(classes), cells=cells if seen else (), boxes=boxes)
 
 
 def exercise(
@@ -135,13 +153,15 @@ def exercise(
     classes = rng.choice(len(COCO_80), count + absent, replace=False)
     asked = rng.permutation(count + absent)
     regions = (", " if listed else "").join(f"<region{number}>" for number in range(1, count + 1))
-    question = f"Find each of these names among {regions}." if listed else regions
+    asked_for = f"Find each of these names among {regions}." if listed else regions
     cells = image_of(grid, rng)
-    pieces = [_opening(question, bool(cells), region_format)]
+    pieces = [_opening(asked_for, bool(cells), region_format)]
     for region in asked:
         pieces[-1] += f" {COCO_80[classes[region]]}" + " [" * listed
         pieces += [str(region + 1 if region < count else 0), "]," * listed]
-    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes[:count])), cells=cells)
+    return Text(
+        pieces=tuple(pieces), shown=tuple(map(int, classes[:count])), cells=cells, boxes=random_boxes(rng, count)
+    )
 
 
 def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] = (0, 0)) -> Text:
@@ -157,7 +177,26 @@ def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] =
     for region in rng.permutation(count):
         pieces[-1] += str(region + 1) * (count > 1)
         pieces += [f" {COCO_80[classes[region]]}", ""]
-    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells)
+    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells, boxes=random_boxes(rng, count))
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> tuple[tuple[float, ...], ...]:
+    """Boxes anywhere in an image, small ones as often as large ones."""
+    sides = np.exp(rng.uniform(np.log(0.03), 0, (count, 2)))
+    corners = rng.uniform(0, 1, (count, 2)) * (1 - sides)
+    return tuple(map(tuple, np.concatenate([corners, corners + sides], 1).tolist()))
+
+
+def blank(region_format: str, rng: np.random.Generator, grid: tuple[int, int]) -> Text:
+    """A question about an image, and a region of it, that shows nothing."""
+    task = pick(rng, ("classify", "describe", "caption", "image_caption", "presence"))
+    regions, name = [] if task in ("image_caption", "presence") else [1], COCO_80[int(rng.integers(len(COCO_80)))]
+    asked = question(task, int(rng.integers(10)), regions=regions, category=name)
+    given, count = _opening(asked, True, region_format), len(regions)
+    said = "No." if task == "presence" else CANNOT_TELL
+    cells = (UNKNOWN,) * (grid[0] * grid[1])
+    shown, boxes = (UNKNOWN,) * count, random_boxes(rng, count)
+    return Text(pieces=(given, " " + said), shown=shown, cells=cells, boxes=boxes)
 
 
 def sightings(grid: tuple[int, int], rng: np.random.Generator) -> Text:
@@ -282,7 +321,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         rng = np.random.default_rng((self.seed, 5, item))
         first = item < FIRST * self.items
         share = 1.0 if first else EXERCISES
-        columns: tuple[list[int], ...] = ([], [], [], [])
+        columns: tuple[list[Any], ...] = ([], [], [], [], [])
         number = misses = 0
         while misses < _TRIES:
             if rng.random() < share:
@@ -293,17 +332,21 @@ class TextDataset(Dataset[dict[str, Any]]):
                 misses += 1
                 continue
             number += 1
+            values: Any
             for column, values in zip(columns, (*document, [number] * len(document[0])), strict=True):
                 column.extend(values)
-        names = ("input_ids", "labels", "stand_ins", "turns")
+        names = ("input_ids", "labels", "stand_ins", "boxes", "turns")
+        fillers = (self.tokenizer.pad_token_id, IGNORED, -1, NOWHERE, -1)
         example = {}
-        for name, column, filler in zip(names, columns, (self.tokenizer.pad_token_id, IGNORED, -1, -1), strict=True):
+        for name, column, filler in zip(names, columns, fillers, strict=True):
             example[name] = torch.tensor(column + [filler] * (LENGTH - len(column)))
         blur = min(max(item / (FIRST * self.items) - 1, 0.0), 1.0)
         return {**example, "noise_seeds": torch.tensor(int(rng.integers(2**62))), "blurs": torch.tensor(blur)}
 
     def _exercise(self, rng: np.random.Generator, first: bool) -> Text:
         kind = rng.random()
+        if not first and kind > 1 - BLANKS:
+            return blank(self.region_format, rng, self.grid)
         if kind < SIGHTINGS:
             return sightings(self.grid, rng)
         grid = self.grid if rng.random() < IMAGED else (0, 0)
@@ -314,8 +357,8 @@ class TextDataset(Dataset[dict[str, Any]]):
         absent = int(rng.integers(1, 3)) if rng.random() < ABSENT else 0
         return exercise(self.region_format, rng, bool(rng.random() < LISTED), grid, absent)
 
-    def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int]]:
-        """Token ids, labels, and the classes that stand in, -1 for words."""
+    def _encoded(self, text: Text) -> tuple[list[int], list[int], list[int], list[tuple[float, ...]]]:
+        """Token ids, labels, the classes that stand in, -1 for words, and the boxes of regions."""
         ids: list[int] = []
         labels: list[int] = []
         for place, piece in enumerate(text.pieces):
@@ -333,4 +376,6 @@ class TextDataset(Dataset[dict[str, Any]]):
         taken = ids.count(self.region) // max(1, len(text.shown))
         regions, cells = (each for each in text.shown for _ in range(taken)), iter(text.cells)
         sources = {self.region: regions, self.image: cells}
-        return ids, labels, [next(sources[token]) if token in sources else -1 for token in ids]
+        boxes = (each for each in text.boxes for _ in range(taken))
+        shown = [next(sources[token]) if token in sources else -1 for token in ids]
+        return ids, labels, shown, [next(boxes) if token == self.region else NOWHERE for token in ids]

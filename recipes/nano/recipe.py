@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 from regiongpt.data.coco import photo_sources
 from regiongpt.environment import launched
 from regiongpt.errors import ConfigError
-from regiongpt.prompts import QUESTIONS
+from regiongpt.prompts import COMMON, QUESTIONS
 from regiongpt.settings import Settings, nearest
 from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe, Seed, Share, Size, StageConfig
 
@@ -40,9 +40,10 @@ class PhotoConfig(DataConfig):
     @field_validator("mix")
     @classmethod
     def _check_mix(cls, value: dict[str, float]) -> dict[str, float]:
+        known = (*QUESTIONS, *COMMON, "other")
         for task in value:
-            if task not in QUESTIONS:
-                raise ValueError(f"unknown task '{task}'; {nearest(task, QUESTIONS)}")
+            if task not in known:
+                raise ValueError(f"unknown task '{task}'; {nearest(task, known)}")
         if value and not any(value.values()):
             raise ValueError("give a number above 0 for some task")
         return value

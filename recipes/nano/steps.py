@@ -133,12 +133,13 @@ def train_language(config: NanoRecipe, images: Sequence[ImageAnnotations], folde
     log.info("language: %d texts, %.2f M tokens, %.2f M parameters", *told)
     region, image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
     offset = weights.number_offset(tokenizer, shape.region_format) if shape.region_numbers else 0
+    marks = Marks(region, offset, image if shape.image_marks else None, shape.region_position)
     Loop(
         "language",
         model,
         dataset,
         stacked,
-        partial(stand_in_loss, ClassWords(tokenizer), Marks(region, offset, image if shape.image_marks else None)),
+        partial(stand_in_loss, ClassWords(tokenizer), marks),
         config.language,
         folder.with_name("language-checkpoints"),
         config.seed,

@@ -33,7 +33,13 @@ CONTROL_TOKENS: Final[dict[str, tuple[str, ...]]] = {
 """What a template writes between turns besides the begin and end tokens, and a user may therefore not write."""
 
 QUESTIONS: Final[dict[str, tuple[str, ...]]] = {task: tuple(texts) for task, texts in _WORDS["questions"].items()}
-"""Ten wordings per task, the paper's own first where it has one (Figures 1 and 4, Table 1, §3.3)."""
+"""Ten wordings per task, one of the paper's first where it has any (Figures 1 and 4, Table 1, §3.3)."""
+
+COMMON: Final[dict[str, tuple[str, ...]]] = {kind: tuple(texts) for kind, texts in _WORDS["common"].items()}
+"""What people ask besides, by kind; ``{r}`` and ``{s}`` are regions, ``{a}`` a class, ``{ns}`` its plural."""
+
+OFF_TOPIC: Final[dict[str, tuple[str, ...]]] = {use: tuple(texts) for use, texts in _WORDS["off_topic"].items()}
+"""Questions that no image answers: ``trained`` on, and others to be ``asked`` in evaluation."""
 
 LABEL_SETS: Final[dict[str, tuple[str, ...]]] = {name: tuple(names) for name, names in _WORDS["label_sets"].items()}
 """Closed sets known by name, as :func:`closed_set_suffix` names them."""

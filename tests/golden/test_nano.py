@@ -71,6 +71,7 @@ def batches() -> dict[str, dict[str, list[str]]]:
         colours=[{o.id: COLOURS[o.id % 13] for o in i.objects if o.id % 13 < len(COLOURS)} for i in images],
         row=lambda index, view: torch.full((1, 1, 1), 10.0 * index + view),
         place=lambda index: index,
+        blanks=None,
     )
     collate = DataCollator(processor, EXTRAS)
 

@@ -81,7 +81,7 @@ def annotated(count: int) -> list[ImageAnnotations]:
 def dataset(processor, seed=0, images=23, epochs=2):
     data = annotated(images)
     rows = {"row": lambda index, view: torch.full((1,), 10.0 * index + view), "place": lambda index: index}
-    store = SimpleNamespace(colours=[{}] * images, **rows)
+    store = SimpleNamespace(colours=[{}] * images, blanks=None, **rows)
     sampler, views = ConversationSampler(ClassStatistics.of(data)), FeatureConfig(views=2)
     return ConversationDataset(data, store, sampler, processor, views, seed, epochs * images, 4, 0.5, (2, 2))
 

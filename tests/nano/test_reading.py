@@ -85,14 +85,21 @@ def test_windows_hold_whole_texts_apart_and_depend_on_the_item_alone(tokenizer):
     assert not torch.equal(other[3]["input_ids"], data[3]["input_ids"])
 
 
+BOX = (0.1, 0.2, 0.3, 0.4)
+
+
 def test_only_what_is_learnt_is_a_target_and_an_image_takes_its_cells(tokenizer):
     text = Text(
-        pieces=(f"{IMAGE_TOKEN}\n[1]{REGION_TOKEN}\n cat", "1", " dog", "2", ""), shown=(3,), cells=(5, UNKNOWN)
+        pieces=(f"{IMAGE_TOKEN}\n[1]{REGION_TOKEN}\n cat", "1", " dog", "2", ""),
+        shown=(3,),
+        cells=(5, UNKNOWN),
+        boxes=(BOX,),
     )
     data = TextDataset([text], tokenizer, FORM, (2, 2), seed=0, epochs=1)
-    ids, labels, shown = data.documents[0]
+    ids, labels, shown, boxes = data.documents[0]
     targets = [token for token in labels if token != IGNORED]
     assert tokenizer.decode(targets) == "12"
     assert ids.count(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) == 2
     assert [each for each in shown if each >= 0] == [5, UNKNOWN, 3]
+    assert [each for each in boxes if any(each)] == [BOX]
     assert tokenizer.eos_token_id not in ids

@@ -206,33 +206,37 @@ def judged_view() -> tuple[View, dict[int, str]]:
     [
         ("classify", "dog", [True]),
         ("classify", "It is a cat.", [False]),
+        ("classify", "I can't tell.", []),
         ("describe", "A brown dog on the left of the image.", [True, True, True]),
         ("describe", "A green dog in the lower left.", [True, False, False]),
         ("describe", "This is a black dog at the top of the photo.", [True, None, False]),
-        ("describe", "A large dog. It is one of two dogs in the image.", [True, False, True]),
-        ("describe", "A medium-sized dog. It takes up a fair part of the image.", [True, True]),
-        ("describe", "There is a dog in the left half. It is tiny in the image.", [True, True, False]),
-        ("describe", "A dog to the left of the cup. It is the only dog in the picture.", [True, True, False]),
-        ("describe", "This is a dog, above another dog.", [True, False]),
-        ("describe", "A dog. The cup is right of it.", [True, True]),
-        ("describe", "A cat. It is the only cat in the image.", [False, False]),
-        ("describe", "A dog around a bus.", [True, False]),
-        ("relation", "The dog in Region [1] is left of the cup in Region [2].", [True, True, True]),
+        ("describe", "There is a large dog in the left half.", [True, False, True]),
+        ("describe", "A dog. It takes up a fair part of the image.", [True, True]),
+        ("describe", "A dog. It is in the lower half of the picture.", [True, None]),
+        ("relation", "The dog is to the left of the cup.", [True, True, True]),
+        ("relation", "It is below the cup.", [False, True]),
+        ("relation", "Region [1] and Region [2] overlap.", [False]),
         ("relation", "Both are cups; Region [2] is above Region [1].", [True, False, False]),
-        ("relation", "Region [1] is left of Region [3].", [False]),
-        ("relation", "Region [2] is overlapping Region [2].", [False]),
+        ("relation", "Region [1] is to the left of Region [3].", [False]),
+        ("relation", "Region [2] and Region [2] overlap.", [False]),
+        ("compare", "Yes, it is bigger in the image.", [True]),
+        ("compare", "No, they are about the same size in the image.", [False]),
+        ("check", "Yes, it is a dog.", [True]),
+        ("check", "No, it is a small cat.", [False, False]),
+        ("colour", "It is brown.", [True]),
+        ("where", "It is on the right.", [False]),
+        ("size", "It fills much of the image.", [False]),
         ("presence", "No.", [False]),
-        ("presence", "Yes, there are two dogs in the image.", [True, True]),
-        ("presence", "Yes, the photo shows a cat.", [False]),
-        ("presence", "Yes, there are three people in the image.", [True, None]),
-        ("presence", "No, there is no bus in the image.", [True]),
+        ("presence", "Yes, I can see a dog.", [True]),
+        ("presence", "Yes, there is a cat in the photo.", [False]),
+        ("presence", "No, I can't see any buses.", [True]),
     ],
 )
 def test_claims_are_read_and_held_against_the_view(judged_view, task, text, true):
     view, colours = judged_view
     claims, unread = read(task, text)
     assert not unread
-    regions = [view.objects[0]] if task in ("classify", "describe") else [view.objects[0], view.objects[2]]
+    regions = [view.objects[0], view.objects[2]] if task in ("relation", "compare", "presence") else view.objects[:1]
     assert [holds(claim, view, regions, colours, "dog") for claim in claims] == true
 
 
@@ -282,16 +286,18 @@ def scores(facts: tuple[Facts, list[Item]], said: dict[str, str]) -> Result:
 def test_every_object_some_pairs_and_as_many_classes_as_are_not_there_are_asked_about(facts):
     _, items = facts
     asked = Counter(item.groups["question"] for item in items)
-    assert asked == {"describe": 2, "brief": 2, "classify": 2, "ask": 2, "relation": 2, "presence": 4}
+    assert asked == dict.fromkeys(
+        ("describe", "brief", "classify", "ask", "relation", "compare", "where", "size", "colour", "check", "other"), 2
+    ) | {"presence": 4, "count": 1}
     assert [item.truth for item in items if item.groups["question"] == "presence"][:2] == ["cup", "dog"]
 
 
 def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(facts):
     said = {
-        "describe-1-7": "A brown dog on the left of the image. It is the only dog in the image.",
-        "describe-1-8": "A blue dog on the left of the image. The dog is the only dog in the image.",
-        "relation-1-7-8": "Region [1] is left of Region [2].",
-        "relation-1-8-7": "Region [1] is left of Region [2].",
+        "describe-1-7": "A brown dog on the left of the image.",
+        "describe-1-8": "A blue dog. It is on the left of the image.",
+        "relation-1-7-8": "Region [1] is to the left of Region [2].",
+        "relation-1-8-7": "Region [1] is to the left of Region [2].",
         "presence-1-dog": "Yes, there is a dog in the image.",
         "presence-1-cup": "No. I see none.",
     }
@@ -302,13 +308,20 @@ def test_the_share_of_true_claims_stands_beside_what_a_constant_would_reach(fact
     half = {"true": (0.5, 2), "constant": (0.5, 2), "undecided": (0.0, 2)}
     assert found["claims, class"] == found["claims, place"] == found["claims, relation"] == half
     assert found["claims, colour"] == {"true": (1.0, 1), "constant": (1.0, 1), "undecided": (0.5, 2)}
-    assert found["claims, count"]["true"] == (0.5, 2)
     assert found["claims, presence"]["true"] == (0.5, 2)
     assert "claims, size" not in found
     assert any("1 sentence not parsed, so not judged: 'I see none.' (1)" in note for note in result.data["notes"])
     (rows,) = result.data["tables"].values()
     assert ["colour", "blue", "1", "0", "0", "1", "0.0"] in rows
     assert ["class", "dog", "2", "1", "1", "0", "50.0"] in rows
+
+
+def test_what_is_declined_of_what_can_and_can_not_be_answered(facts):
+    asked = [item.id for item in facts[1] if item.groups["question"] in ("count", "colour")]
+    unknown = ("classify-1-7", *asked)
+    found = scores(facts, dict.fromkeys(unknown, "I can't tell.")).data["protocols"]["declined"]
+    assert found["answerable"]["value"] == 1 / found["answerable"]["of"]
+    assert (found["unanswerable"]["value"], found["unanswerable"]["of"]) == (1 / 3, 3)
 
 
 def test_answers_about_one_region_agree_or_not(facts):

@@ -417,6 +417,12 @@ def _lies(place: str, box: Box, width: float, height: float) -> bool | None:
 
 
 def _relates(how: str, a: Box, b: Box) -> bool | None:
+    times = (a[2] - a[0]) * (a[3] - a[1]) / ((b[2] - b[0]) * (b[3] - b[1]))
+    if how in ("bigger than", "smaller than"):
+        times = times if how == "bigger than" else 1 / times
+        return True if times >= 1.3 else None if times > 1 / 1.3 else False
+    if how == "about as big as":
+        return True if 1 / 1.3 < times < 1.3 else None if 1 / 1.6 < times < 1.6 else False
     found = relation(a, b)
     if found is None:
         return None
@@ -441,53 +447,50 @@ RELATIONS = {
     "overlapping": ("overlapping", "partly overlapping"),
 }
 CALLED = "It is {a}."
-BRIEF = ("{A}.", "{A} {place}.", "{A} {near}.", "{A} {place}, {near}.")
+BRIEF = ("{A}.", "{A} {place}.")
 OPENINGS = (
     "{A} {place}.",
-    "This is {a} {place}.",
-    "The region shows {a} {place}.",
+    "{A}.",
     "There is {a} {place}.",
-    "{A} can be seen {place}.",
-    "We see {a} {place}, {near}.",
-    "{A} {near}.",
-    "This is {a}, {near}.",
-    "The region contains {a}, which is {near}.",
-    "{A} {place}, {near}.",
-    "What is shown is {a} {near}.",
-    "This region is {a}.",
+    "This is {a} {place}.",
+    "This is {a}.",
+    "It is {a} {place}.",
+    "The region shows {a}.",
 )
+PLACED, COLOURED = "It is {place}.", "It is {colour}."
 SIZED = {
-    "tiny": ("{it} is tiny in the image.", "{it} takes up only a tiny part of the image."),
-    "small": ("{it} takes up a small part of the image.", "{it} is small in the image."),
-    "medium-sized": ("{it} takes up a fair part of the image.", "{it} is of medium size in the image."),
-    "large": ("{it} takes up a large part of the image.", "{it} is large in the image."),
-    "huge": ("{it} fills much of the image.", "{it} takes up a huge part of the image."),
+    "tiny": "It takes up a tiny part of the image.",
+    "small": "It takes up a small part of the image.",
+    "medium-sized": "It takes up a fair part of the image.",
+    "large": "It takes up a large part of the image.",
+    "huge": "It fills much of the image.",
 }
-MORE = {
-    "place": "{it} is {place}.",
-    "near": "{it} is {near}.",
-    "turned": "{Other} is {how} it.",
-    "both": "{it} is {near} and {near2}.",
-    "also": "{it} is also {near2}.",
-    "only": "{it} is the only {only} in {frame}.",
-    "one of": "{it} is one of {number} {counted} in {frame}.",
+CHECKED = {"yes": "Yes, it is {a}.", "no": "No, it is {a}."}
+COMPARED = {
+    "bigger than": "Yes, it is bigger in the image.",
+    "smaller than": "No, it is smaller in the image.",
+    "about as big as": "No, they are about the same size in the image.",
 }
 APART = (
     "The {first} is {how} the {second}.",
-    "The {first} is {how} the {second}.",
-    "Region [{i}], {a_first}, is {how} Region [{j}], {a_second}.",
-    "The {first} in Region [{i}] is {how} the {second} in Region [{j}].",
+    "It is {how} the {second}.",
     "Region [{i}] is {how} Region [{j}].",
-    "In the image, the {first} is {how} the {second}.",
+    "The {first} in Region [{i}] is {how} the {second} in Region [{j}].",
 )
 ALIKE = (
-    "The {first} in Region [{i}] is {how} the {second} in Region [{j}].",
     "Region [{i}] is {how} Region [{j}].",
-    "Region [{i}], {a_first}, is {how} Region [{j}], another {second}.",
     "Both are {boths}; Region [{i}] is {how} Region [{j}].",
+    "The {first} in Region [{i}] is {how} the {second} in Region [{j}].",
 )
-YES = ("Yes.", "Yes.", "Yes, there {is_are} {some} in {frame}.", "Yes, {frame} shows {some}.")
-NO = ("No.", "No.", "No, there is no {none} in {frame}.", "No, {frame} does not show any {nones}.")
+OVERLAP = (
+    "The {first} and the {second} {overlap}.",
+    "Region [{i}] and Region [{j}] {overlap}.",
+    "The {first} in Region [{i}] and the {second} in Region [{j}] {overlap}.",
+)
+YES = ("Yes.", "Yes.", "Yes, there is {some} in {frame}.", "Yes, I can see {some}.")
+NO = ("No.", "No.", "No, there is no {none} in {frame}.", "No, I can't see any {nones}.")
+UNKNOWN = "I can't tell."
+"""The answer to what cannot be known from an image, or by this model."""
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -513,14 +516,6 @@ def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def mention(view: View, other: ViewObject, beside: ViewObject) -> str:
-    """Names a neighbour of ``beside``: ``"the cup"`` when the view has just one, else ``"a"`` or ``"another"``."""
-    if other.iscrowd:
-        return f"a group of {plural(other.category)}"
-    word = noun(other.category)
-    if other.category == beside.category:
-        return f"another {word}"
-    return f"the {word}" if view.count(other.category) == 1 else with_article(word)
 
 
 def _any(words: Iterable[str]) -> str:
@@ -535,42 +530,42 @@ _HOW = {words: how for how, wordings in RELATIONS.items() for words in wordings}
     for side in ("left", "right")
     for each in [f"{level} and to the {side} of"]
 }
-_OPPOSITE = {"left": "right", "above": "below", "inside": "around"}
-_OPPOSITE |= {b: a for a, b in _OPPOSITE.items()}
 _PHRASE = re.compile(
     rf"(?:{_any(HEADS.values())} )?(?:(?P<size>{_any(name for _, name in SIZES)}) )?"
     rf"(?:(?P<colour>{_any(COLOURS)}) )?(?P<name>{_any(COCO_80)})"
 )
 _N, _NS = _any(_SINGULAR), _any(_PLURAL)
 _A = rf"[Aa]n? {re.sub('P<[a-z]+>', ':', _PHRASE.pattern)}"
-_MENTION = rf"(?:(?:[Tt]he|[Aa]nother|[Aa]n?) {_N}|[Aa] group of {_NS})"
-_NEAR = rf"{_any(_HOW)} {_MENTION}"
-_SLOTS = dict.fromkeys(("a", "A", "a_first", "a_second"), _A)
-_SLOTS |= dict.fromkeys(("first", "second", "only", "none"), _N) | dict.fromkeys(("boths", "counted", "nones"), _NS)
-_SLOTS |= {"near": _NEAR, "near2": _NEAR, "Other": _MENTION, "how": _any(_HOW), "frame": _any(FRAMES)}
-_SLOTS |= {"n": _any([*_SINGULAR, *COCO_80]), "it": rf"It|The {_N}", "is_are": "is|are", "number": _any(NUMBERS)}
-_SLOTS |= {"place": rf"{_any(PLACES)}(?: of {_any(FRAMES)})?", "some": rf"an? {_N}|(?:{_any(NUMBERS)} )?{_NS}"}
-_SLOTS |= {"i": r"[1-9]\d*", "j": r"[1-9]\d*"}
+_SLOTS = dict.fromkeys(("a", "A"), _A)
+_SLOTS |= dict.fromkeys(("first", "second", "none"), _N) | dict.fromkeys(("boths", "nones"), _NS)
+_SLOTS |= {"how": _any(_HOW), "frame": _any(FRAMES), "some": rf"an? {_N}", "colour": _any(COLOURS)}
+_SLOTS |= {"n": _any([*_SINGULAR, *COCO_80]), "place": rf"{_any(PLACES)}(?: of {_any(FRAMES)})?"}
+_SLOTS |= {"i": r"[1-9]\d*", "j": r"[1-9]\d*", "overlap": "overlap"}
 
 
 @cache
 def _grammar(task: str) -> list[tuple[re.Pattern[str], tuple[Claim, ...]]]:
     """Patterns of a task's sentences, each with the claims that stand in no slot."""
-    described: list[tuple[str, tuple[Claim, ...]]] = [(each, ()) for each in (*BRIEF, *OPENINGS, *MORE.values())]
-    described += [(each, (Claim("size", size),)) for size, templates in SIZED.items() for each in templates]
+    sized: list[tuple[str, tuple[Claim, ...]]] = [(each, (Claim("size", size),)) for size, each in SIZED.items()]
+    described = [*((each, ()) for each in (*OPENINGS, PLACED)), *sized]
     tables: dict[str, list[tuple[str, tuple[Claim, ...]]]] = {
         "describe": described,
         "classify": [("{n}", ()), (CALLED, ()), *described],
-        "relation": [(each, ()) for each in (*APART, *ALIKE)],
+        "relation": [(each, ()) for each in (*APART, *ALIKE, *OVERLAP)],
         "presence": [(each, ()) for each in (*YES, *NO) if "{" in each]
         + [(f"{word.capitalize()}.", (Claim("presence", word, region=0),)) for word in ("yes", "no")],
+        "where": [(PLACED, ())],
+        "size": sized,
+        "colour": [(COLOURED, ())],
+        "check": [(each, ()) for each in CHECKED.values()],
+        "compare": [(each, (Claim("relation", how, to=2),)) for how, each in COMPARED.items()],
     }
 
     def compiled(template: str) -> re.Pattern[str]:
         parts = re.split(r"\{(\w+)\}", template)
         return re.compile("".join(rf"(?P<{p}>{_SLOTS[p]})" if k % 2 else re.escape(p) for k, p in enumerate(parts)))
 
-    return [(compiled(template), claims) for template, claims in tables[task]]
+    return [(compiled(template), claims) for template, claims in [*tables.get(task, []), (UNKNOWN, ())]]
 
 
 def read(task: str, text: str) -> tuple[list[Claim], list[str]]:
@@ -578,7 +573,7 @@ def read(task: str, text: str) -> tuple[list[Claim], list[str]]:
 
     Args:
         task: ``describe`` (of brief ones too), ``classify`` (with or without the closed set), ``relation``,
-            ``presence``.
+            ``presence``, or a key of :data:`COMMON`.
         text: The answer.
     """
     claims: dict[Claim, None] = {}
@@ -596,35 +591,21 @@ def _meant(found: Mapping[str, str]) -> Iterator[Claim]:
     """The claim made by the words in a template's slots."""
     i, j = int(found.get("i", 1)), int(found.get("j", 2))
     for slot, words in found.items():
-        if slot in ("a", "A", "a_first", "a_second", "first", "second", "n") or (slot == "it" and words != "It"):
-            phrase = words if slot in ("first", "second", "n") else words.split(" ", 1)[1]
-            match = _PHRASE.fullmatch(phrase)
+        if slot in ("a", "A", "first", "second", "n"):
+            match = _PHRASE.fullmatch(words.split(" ", 1)[1] if slot in ("a", "A") else words)
             assert match
-            yield Claim("class", match["name"], region=j if slot.endswith("second") else i)
+            yield Claim("class", match["name"], region=j if slot == "second" else i)
             yield from (Claim(kind, match[kind]) for kind in ("size", "colour") if match[kind])
         elif slot == "boths":
             yield from (Claim("class", _PLURAL[words], region=k) for k in (i, j))
         elif slot == "place":
             yield Claim("place", words.split(" of the ")[0])
-        elif slot in ("near", "near2"):
-            how = max((each for each in _HOW if words.startswith(f"{each} ")), key=len)
-            yield Claim("relation", _HOW[how], _named(words[len(how) + 1 :]))
-        elif slot == "Other":
-            turned = " ".join(_OPPOSITE.get(word, word) for word in _HOW[found["how"]].split())
-            yield Claim("relation", turned, _named(words))
-        elif slot == "how" and "Other" not in found:
-            yield Claim("relation", _HOW[words], region=i, to=j)
-        elif slot == "only":
-            yield Claim("count", "one", _SINGULAR[words])
-        elif slot == "counted":
-            yield Claim("count", found["number"], _PLURAL[words])
-        elif slot in ("none", "nones"):
-            yield Claim("presence", "no", _named(words), region=0)
-        elif slot == "some":
-            number, _, rest = words.partition(" ")
-            yield Claim("presence", "yes", _named(words), region=0)
-            if number in NUMBERS:
-                yield Claim("count", number, _named(rest), region=0)
+        elif slot == "colour":
+            yield Claim("colour", words)
+        elif slot in ("how", "overlap"):
+            yield Claim("relation", _HOW.get(words, "overlapping"), region=i, to=j)
+        elif slot in ("none", "nones", "some"):
+            yield Claim("presence", "yes" if slot == "some" else "no", _named(words), region=0)
 
 
 def _named(words: str) -> str:

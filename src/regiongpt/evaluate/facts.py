@@ -12,19 +12,31 @@ from typing import Any, ClassVar, Final, NamedTuple
 import numpy as np
 
 from regiongpt.data.coco import ImageAnnotations
-from regiongpt.data.facts import Claim, View, ViewObject, holds, read, read_colours, relation
+from regiongpt.data.facts import (
+    UNKNOWN,
+    Claim,
+    View,
+    ViewObject,
+    holds,
+    noun,
+    plural,
+    read,
+    read_colours,
+    relation,
+    with_article,
+)
 from regiongpt.data.shards import many
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import SumStatistic, ratio, sum_statistic
 from regiongpt.evaluate.task import AnnotatedTask, Answer, Item, Measured, Scored, given, images_of, listed
-from regiongpt.prompts import COCO_80, question
+from regiongpt.prompts import COCO_80, COMMON, OFF_TOPIC, question
 from regiongpt.regions import Region
 
 KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presence")
 RELATED: Final = 3
-"""Most pairs of regions per image."""
+"""Most pairs of regions per image, and most regions that the questions of :data:`COMMON` are about."""
 _GRAMMARS: Final = {"ask": "classify", "brief": "describe"}
-_ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48, "presence": 24}
+_ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48}  # others: 32 tokens
 _SHOWN: Final = 8  # values of a kind, and sentences that were not read
 
 
@@ -71,7 +83,7 @@ class Facts(AnnotatedTask):
                 size=(image.width, image.height),
                 question=text,
                 regions=tuple(Region.box(*each.box) for each in objects),
-                max_new_tokens=_ROOM[kind],
+                max_new_tokens=_ROOM.get(kind, 32),
                 groups={"question": kind},
                 detail={"objects": [each.id for each in objects], **more},
                 truth=more.get("asked") or ", ".join(each.category for each in objects),
@@ -85,6 +97,22 @@ class Facts(AnnotatedTask):
         for k in rng.permutation(len(pairs))[:RELATED]:
             a, b = pairs[k]
             yield item("relation", f"{a.id}-{b.id}", question("relation", 0, regions=[1, 2]), pairs[k])
+            text = COMMON["compare"][0].format(r="<region1>", s="<region2>")
+            yield item("compare", f"{a.id}-{b.id}", text, pairs[k])
+        names = [name for name in COCO_80 if name in view.by_category]
+        for k in rng.permutation(len(known))[:RELATED]:
+            each = known[k]
+            others = [name for name in COCO_80 if name != each.category]
+            name = each.category if rng.random() < 0.5 else others[int(rng.integers(len(others)))]
+            for kind in ("where", "size", "colour", "check"):
+                text = COMMON[kind][0].format(r="<region1>", a=with_article(noun(name)))
+                yield item(kind, str(each.id), text, [each])
+        for name in names[:1]:
+            yield item("count", name, COMMON["count"][0].format(ns=plural(name)), [])
+        for k in rng.permutation(len(OFF_TOPIC["asked"]))[:2].tolist():
+            text = OFF_TOPIC["asked"][k]
+            if known or "<region1>" not in text:
+                yield item("other", str(k), text, known[:1] if "<region1>" in text else [])
         here = sorted(set(view.by_category) & set(COCO_80))
         absent = [name for name in COCO_80 if name not in view.by_category]
         for name in (*here, *(absent[k] for k in rng.permutation(len(absent))[: len(here)])):
@@ -127,6 +155,7 @@ class Facts(AnnotatedTask):
                 of={name: int(share.sums[:, 1].sum()) for name, share in statistics.items()},
             )
         protocols["agreement"] = _agreement(items, judged)
+        protocols["declined"] = _declined(items, texts)
         notes = []
         if unread:
             shown = listed([f"{sentence!r} ({count})" for sentence, count in unread.most_common()], _SHOWN)
@@ -167,6 +196,27 @@ def _share(items: Sequence[Item], found: Sequence[tuple[int, bool | float | None
     return sum_statistic(images_of(items), sums, lambda s: ratio(s[:, 0], s[:, 1]))
 
 
+def _declined(items: Sequence[Item], texts: Sequence[str | None]) -> Scored:
+    """The share of answers that say they can't tell: to what can be answered, and to what can not."""
+    scores: dict[str, list[float | None]] = {"answerable": [], "unanswerable": []}
+    for item, text in zip(items, texts, strict=True):
+        kind = "unanswerable" if item.groups["question"] in ("count", "other") else "answerable"
+        known = text is not None and item.groups["question"] != "colour"  # of which many have no clear one
+        for name, found in scores.items():
+            found.append(float(text == UNKNOWN) if known and name == kind else None)
+    return _means(items, scores)
+
+
+def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float | None]]) -> Scored:
+    """Means of the scores that there are."""
+    known = {name: [(k, score) for k, score in enumerate(found) if score is not None] for name, found in scores.items()}
+    return Scored(
+        statistics={name: _share(items, found) for name, found in known.items()},
+        scores=scores,
+        of={name: len(found) for name, found in known.items()},
+    )
+
+
 def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
     """Share of the classes named by ``classify`` that the other answers agree with."""
     said: dict[tuple[str, Any, Any], str] = {}
@@ -183,10 +233,4 @@ def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
             other = said.get((task, image, name if task == "presence" else objects[0])) if name else None
             wanted = "yes" if task == "presence" else name
             found.append(None if name is None or (task == "presence" and other is None) else float(other == wanted))
-    scores = {f"{task} and classify": found for task, found in pairs.items()}
-    known = {name: [(k, each) for k, each in enumerate(found) if each is not None] for name, found in scores.items()}
-    return Scored(
-        statistics={name: _share(items, found) for name, found in known.items()},
-        scores=scores,
-        of={name: len(found) for name, found in known.items()},
-    )
+    return _means(items, {f"{task} and classify": found for task, found in pairs.items()})
