@@ -15,12 +15,13 @@ import torch
 from conversations import DEFAULT_MIX, ClassStatistics, ConversationSampler
 from dataset import shown_in_cells
 from recipe import NanoModelConfig, NanoRecipe
+from sentences import plain_place
 from torch.utils.data import Dataset
 from transformers import LlamaConfig
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import UNKNOWN as CANNOT_TELL
-from regiongpt.data.facts import View, pick
+from regiongpt.data.facts import View, pick, size_name
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN, placeholders, question, replace_placeholders
 from regiongpt.train.stages import train_tokenizer
@@ -62,12 +63,16 @@ those in naming that show one region alone."""
 IMAGED = 0.7
 """Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
 
-SIGHTINGS, NAMINGS = 0.2, 0.5
-"""Share of the exercises that are about an image alone, and of those that ask for names; the rest ask for numbers.
-Names are many words, where the others are two or six: with a third of each, names alone were not learned."""
+SIGHTINGS, PLACINGS, NAMINGS = 0.15, 0.2, 0.4
+"""Share of the exercises that are about an image alone, of those that ask for places, where regions have one, and of
+those that ask for names; the rest ask for numbers. Names are many words, where the others are two or six: with a third
+of each, names alone were not learned."""
 
 READ_GRID = 6
 """Most rows and columns of an image in the texts, where a cell is a token of its own."""
+
+PLACES = 0.7
+"""Share of the exercises in placing that ask where a region is; the others ask how large it is."""
 
 BLANKS = 0.02
 """Share of the exercises that are about an image that shows nothing."""
@@ -180,6 +185,23 @@ def naming(region_format: str, rng: np.random.Generator, grid: tuple[int, int] =
     return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells, boxes=random_boxes(rng, count))
 
 
+def placing(region_format: str, rng: np.random.Generator, grid: tuple[int, int] = (0, 0)) -> Text:
+    """Some regions, then their numbers in another order, each followed by where the region is, or how large.
+
+    Places and sizes alone are supervised; arguments as for :func:`exercise`.
+    """
+    count = 1 if rng.random() < ALONE else int(rng.integers(2, _MOST_REGIONS + 1))
+    classes, boxes = rng.choice(len(COCO_80), count, replace=False), random_boxes(rng, count)
+    cells = image_of(grid, rng)
+    pieces = [_opening("".join(f"<region{number}>" for number in range(1, count + 1)), bool(cells), region_format)]
+    for region in rng.permutation(count):
+        x0, y0, x1, y1 = boxes[region]
+        place = plain_place((x0, y0, x1, y1), 1, 1) if rng.random() < PLACES else None
+        pieces[-1] += str(region + 1) * (count > 1)
+        pieces += [f" {place or size_name((x0, y0, x1, y1), 1, 1)}", ""]
+    return Text(pieces=tuple(pieces), shown=tuple(map(int, classes)), cells=cells, boxes=boxes)
+
+
 def random_boxes(rng: np.random.Generator, count: int) -> tuple[tuple[float, ...], ...]:
     """Boxes anywhere in an image, small ones as often as large ones."""
     sides = np.exp(rng.uniform(np.log(0.03), 0, (count, 2)))
@@ -250,7 +272,8 @@ def texts_of(config: NanoRecipe, images: Sequence[ImageAnnotations]) -> list[Tex
 def reading_of(config: NanoRecipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
     """The windows in which the language model reads them."""
     shape = config.model
-    return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), config.seed, config.language.epochs)
+    settings = (config.seed, config.language.epochs, shape.region_position > 0)
+    return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), *settings)
 
 
 def tokenizer_of(texts: Sequence[Text], shape: NanoModelConfig) -> Any:
@@ -295,6 +318,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         grid: Rows and columns of an image in exercises.
         seed: Seed of the order.
         epochs: Passes over the texts, exercises not counted.
+        placed: Whether a region carries the code of its place.
     """
 
     def __init__(
@@ -305,9 +329,11 @@ class TextDataset(Dataset[dict[str, Any]]):
         grid: tuple[int, int],
         seed: int,
         epochs: float,
+        placed: bool = True,
     ) -> None:
         self.region, self.image = (tokenizer.convert_tokens_to_ids(token) for token in (REGION_TOKEN, IMAGE_TOKEN))
         self.tokenizer, self.region_format, self.grid, self.seed = tokenizer, region_format, grid, seed
+        self.placed = placed
         # Exercises are made of few pieces, over and over.
         self._tokens = lru_cache(4096)(lambda piece: tokenizer(piece, add_special_tokens=False)["input_ids"])
         self.documents = [each for each in map(self._encoded, texts) if len(each[0]) <= LENGTH]
@@ -350,7 +376,9 @@ class TextDataset(Dataset[dict[str, Any]]):
         if kind < SIGHTINGS:
             return sightings(self.grid, rng)
         grid = self.grid if rng.random() < IMAGED else (0, 0)
-        if kind < SIGHTINGS + NAMINGS:
+        if kind < SIGHTINGS + PLACINGS and self.placed:
+            return placing(self.region_format, rng, grid)
+        if kind < SIGHTINGS + PLACINGS + NAMINGS:
             return naming(self.region_format, rng, grid)
         if first:
             return exercise(self.region_format, rng)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from expressions import neighbours, relation_words
 
+from regiongpt.data.coco import Box
 from regiongpt.data.facts import (
     ALIKE,
     APART,
@@ -34,10 +35,15 @@ _SAME = {
 }  # fmt: skip
 
 
+def plain_place(box: Box, width: float, height: float) -> str | None:
+    """Where a box is, in one of few phrases."""
+    place = place_name(box, width, height)
+    return _SAME.get(place, place) if place else None
+
+
 def place_words(rng: np.random.Generator, view: View, each: ViewObject) -> str | None:
     """Where an object is, at times with "of the image" behind it; None where that is not clear."""
-    place = place_name(each.box, view.width, view.height)
-    place = _SAME.get(place, place) if place else None
+    place = plain_place(each.box, view.width, view.height)
     return f"{place} of {pick(rng, FRAMES)}" if place and (place == "across most" or rng.random() < 0.7) else place
 
 

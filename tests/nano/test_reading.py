@@ -13,9 +13,12 @@ from reading import (
     TextDataset,
     conversation_texts,
     exercise,
+    placing,
 )
+from sentences import plain_place
 from test_dataset import annotated
 
+from regiongpt.data.facts import size_name
 from regiongpt.model.processing import IGNORED
 from regiongpt.prompts import COCO_80, IMAGE_TOKEN, REGION_TOKEN
 from regiongpt.train.stages import train_tokenizer
@@ -83,6 +86,16 @@ def test_windows_hold_whole_texts_apart_and_depend_on_the_item_alone(tokenizer):
     assert torch.equal(again[3]["input_ids"], data[3]["input_ids"])
     other = TextDataset(texts, tokenizer, FORM, (2, 2), seed=1, epochs=2)
     assert not torch.equal(other[3]["input_ids"], data[3]["input_ids"])
+
+
+def test_an_exercise_in_placing_says_where_each_region_is_or_how_large():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        text = placing(FORM, rng, (2, 2))
+        assert len(text.boxes) == len(text.shown) == len(text.pieces[1::2])
+        for given, said in zip(text.pieces[::2], text.pieces[1::2], strict=False):
+            box = text.boxes[int(given[-1]) - 1 if len(text.boxes) > 1 else 0]
+            assert said.strip() in (plain_place(box, 1, 1), size_name(box, 1, 1))
 
 
 BOX = (0.1, 0.2, 0.3, 0.4)
