@@ -173,7 +173,7 @@ def visual_loss(
             refined = model.refine(batch["vision_features"])
             model.image_features(refined)
             if "region_weights" in batch:
-                model.region_features(refined, batch["region_weights"])
+                model.region_features(refined, batch["region_weights"], batch.get("region_crops"))
             loss = 0.0
     if weight:
         names = words(model.get_input_embeddings().weight).detach()

@@ -86,12 +86,14 @@ class Conversation:
         regions: What ``<region1>``, ``<region2>``, ... stand for, in pixels of the view.
         tasks: The task of each pair of turns, in order.
         categories: The class of each region, in order.
+        objects: The id of its annotation.
     """
 
     messages: list[dict[str, str]]
     regions: list[Region]
     tasks: list[str]
     categories: list[str]
+    objects: list[int]
 
 
 @dataclass(frozen=True)
@@ -473,6 +475,7 @@ def _write(rng: np.random.Generator, view: View, plans: Sequence[_Plan], outline
         regions=[_region(rng, view, used[k], outline_share) for k in order],
         tasks=tasks,
         categories=[used[k].category for k in order],
+        objects=order,
     )
 
 

@@ -18,7 +18,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.images import SquareFrame
 from regiongpt.prompts import COCO_80
-from regiongpt.train.dataset import task_numbers
+from regiongpt.train.dataset import left_out, task_numbers
 from regiongpt.train.packing import turn_numbers
 
 EXTRAS = ("tasks", "turns", "region_classes", "cell_classes")
@@ -86,6 +86,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
         ).repeat_interleave(self.processor.tokens_per_region)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
+        if self.store.crops is not None and conversation.objects:
+            image = self.images[index].image_id
+            rows = np.stack([self.store.crops[image, each] for each in conversation.objects]).astype(np.float32)
+            crops = torch.from_numpy(rows)
+            if features is not None:  # of a blank image every crop looks alike
+                crops[:] = features[: crops.shape[1]].mean((1, 2))
+            crops[left_out(len(crops), self.seed, item)] = 0
+            example["region_crops"] = crops
         if features is not None:
             example["region_classes"].fill_(-1)
             example["cell_classes"].fill_(False)

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,8 @@ from regiongpt.data.facts import View, colours_of
 from regiongpt.environment import progress
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
-from regiongpt.storage import read_json, reason, write_json, writing
+from regiongpt.regions import Region
+from regiongpt.storage import digest, read_json, reason, write_json, writing
 from regiongpt.train.stages import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class FeatureStore:
         places: For each image, its place among those of ``features``; None where they are the same.
         checksums: CRC-32 of each view of each image of ``features``; None where nothing is checked.
         blanks: Features (N, C, h, w) of images that show nothing.
+        crops: Float16 features (C,) of each object's own crop, by ids of image and annotation; None where the model
+            takes no second look.
     """
 
     features: np.ndarray
@@ -75,6 +78,7 @@ class FeatureStore:
     places: Sequence[int] | None = None
     checksums: Sequence[Sequence[int]] | None = None
     blanks: torch.Tensor | None = None
+    crops: Mapping[tuple[int, int], np.ndarray] | None = None
 
     def place(self, index: int) -> int:
         """Where an image stands among those of the cache, by which its crops are drawn."""
@@ -102,7 +106,7 @@ class FeatureStore:
             )
         places = [at[image.path.resolve()] for image in images]
         colours = [self.colours[place] for place in places]
-        return FeatureStore(self.features, colours, places, self.checksums, self.blanks)
+        return FeatureStore(self.features, colours, places, self.checksums, self.blanks, self.crops)
 
 
 def build_features(
@@ -130,11 +134,11 @@ def build_features(
         sort_keys=True,
         default=str,
     )
-    digest = sha256(identity.encode()).hexdigest()
+    made_for = sha256(identity.encode()).hexdigest()
     side_file, path = folder / "progress.json", folder / "features.npy"
-    state = _read_state(side_file, path, digest)
+    state = _read_state(side_file, path, made_for)
     if state is None:
-        state = {"digest": digest, "done": 0, "colours": [], "checksums": []}
+        state = {"digest": made_for, "done": 0, "colours": [], "checksums": []}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             side_file.unlink(missing_ok=True)
@@ -159,7 +163,32 @@ def build_features(
                 write_json(side_file, {**state, "done": index + 1}, indent=None)
     named = [{int(k): v for k, v in each.items()} for each in colours]
     blanks = torch.cat([model.encode_image(processor.pixels_of(each)) for each in blank_images()])
-    return FeatureStore(np.load(path, mmap_mode="r"), named, checksums=checksums, blanks=blanks.float())
+    crops = build_crops(folder, images, model, processor) if model.config.region_crop else None
+    return FeatureStore(np.load(path, mmap_mode="r"), named, checksums=checksums, blanks=blanks.float(), crops=crops)
+
+
+def build_crops(
+    folder: Path, images: Sequence[ImageAnnotations], model: Any, processor: Any
+) -> Mapping[tuple[int, int], np.ndarray]:
+    """Features of every object's own crop of the whole image, every other one mirrored; a run that stopped goes on."""
+    objects = [[each for each in image.objects if not each.iscrowd] for image in images]
+    ids = [(image.image_id, each.id) for image, own in zip(images, objects, strict=True) for each in own]
+    width = model.config.crop_channels
+    shape = (model.config.vision_config.to_dict(), model.config.crop_size, ids)
+    path = folder / f"crops-{digest(json.loads(json.dumps(shape, default=str)))}.f16"
+    done, place = path.stat().st_size // (2 * width) if path.exists() else 0, 0
+    with writing(path), path.open("ab") as file:
+        file.truncate(done * 2 * width)
+        for image, own in zip(progress(images, "crops", "images", len(images)), objects, strict=True):
+            new = own[max(0, done - place) :]
+            if new:
+                pixels = processor.crop_inputs(load_image(image.path), [Region.box(*each.box) for each in new])
+                mirrored = [(place + len(own) - len(new) + k) % 2 == 1 for k in range(len(new))]
+                pixels[mirrored] = pixels[mirrored].flip(-1)
+                file.write(model.encode_crops(pixels[None])[0].to(torch.float16).numpy().tobytes())
+            place += len(own)
+    rows = np.memmap(path, np.float16, "r", shape=(len(ids), width)) if ids else ()
+    return dict(zip(ids, rows, strict=True))
 
 
 def blank_images() -> list[Image.Image]:
@@ -170,7 +199,7 @@ def blank_images() -> list[Image.Image]:
     return [*(Image.new("RGB", (128, 96), each) for each in colours), *(Image.fromarray(each) for each in noise)]
 
 
-def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | None:
+def _read_state(side_file: Path, path: Path, wanted: str) -> dict[str, Any] | None:
     """The side file of a cache that can be continued; None where there is none."""
     if not side_file.exists() or not path.exists():
         return None
@@ -185,7 +214,7 @@ def _read_state(side_file: Path, path: Path, digest: str) -> dict[str, Any] | No
     except (DataError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: damaged (%s); the features are computed again", side_file.parent, reason(error))
         return None
-    if made_for != digest:
+    if made_for != wanted:
         raise DataError(
             f"{side_file.parent}: features of another recipe, other data or another tower; delete the folder or give "
             "another --out"

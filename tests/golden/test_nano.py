@@ -72,6 +72,7 @@ def batches() -> dict[str, dict[str, list[str]]]:
         row=lambda index, view: torch.full((1, 1, 1), 10.0 * index + view),
         place=lambda index: index,
         blanks=None,
+        crops=None,
     )
     collate = DataCollator(processor, EXTRAS)
 

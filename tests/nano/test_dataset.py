@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conversations import ClassStatistics, ConversationSampler
@@ -78,10 +79,10 @@ def annotated(count: int) -> list[ImageAnnotations]:
     return [image(k) for k in range(count)]
 
 
-def dataset(processor, seed=0, images=23, epochs=2):
+def dataset(processor, seed=0, images=23, epochs=2, crops=None):
     data = annotated(images)
     rows = {"row": lambda index, view: torch.full((1,), 10.0 * index + view), "place": lambda index: index}
-    store = SimpleNamespace(colours=[{}] * images, blanks=None, **rows)
+    store = SimpleNamespace(colours=[{}] * images, blanks=None, crops=crops, **rows)
     sampler, views = ConversationSampler(ClassStatistics.of(data)), FeatureConfig(views=2)
     return ConversationDataset(data, store, sampler, processor, views, seed, epochs * images, 4, 0.5, (2, 2))
 
@@ -117,3 +118,21 @@ def test_cells_show_what_fills_them_and_small_things_that_lie_in_them():
     assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("dog")].nonzero(), strict=True)] == [(1, 0), (1, 1)]
     assert [tuple(cell) for cell in zip(*shown[..., COCO_80.index("cup")].nonzero(), strict=True)] == [(2, 3)]
     assert shown.sum() == 3
+
+
+def test_regions_come_with_the_crops_of_their_objects_but_for_half_of_them(nano_like):
+    crops = {(k, 10 * k + j): np.full(2, 1 + 10 * k + j, np.float16) for k in range(23) for j in range(4)}
+    data, left = dataset(nano_like[1], crops=crops), []
+    for item in range(46):
+        index, _, _, talk = data.draw(item)
+        example = data[item]
+        if not talk.objects:
+            continue
+        seen = example["region_crops"]
+        expected = torch.tensor([[1.0 + each] * 2 for each in talk.objects])
+        shown = seen.any(1)
+        assert torch.equal(seen[shown], expected[shown])
+        assert all(crops[index, each] is not None for each in talk.objects)
+        assert torch.equal(seen, data[item]["region_crops"])
+        left += (~shown).tolist()
+    assert 0.3 < np.mean(left) < 0.7

@@ -25,7 +25,7 @@ class Tower:
 
     def __init__(self) -> None:
         vision = SimpleNamespace(hidden_size=3, to_dict=dict)
-        self.config = SimpleNamespace(vision_config=vision, tower_grid=(2, 2))
+        self.config = SimpleNamespace(vision_config=vision, tower_grid=(2, 2), region_crop=False)
         self.encoded = 0
 
     def pixels_of(self, image: Any) -> torch.Tensor:
@@ -118,3 +118,43 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(images: Any, tmp_
     with full_disk(200), pytest.raises(DataError, match=r"cannot be written: .*; free some space"):
         build(tmp_path / "full", images)
     assert rows(build(tmp_path / "full", images)[0]) == expected
+
+
+class Looking(Tower):
+    """Sees the red of each crop, of 4 x 4 px; ``stops`` after so many images."""
+
+    def __init__(self, stops: int = 100) -> None:
+        super().__init__()
+        vars(self.config).update(region_crop=True, crop_size=4, crop_channels=2)
+        self.looked, self.stops = 0, stops
+
+    def crop_inputs(self, image: Any, regions: Any) -> torch.Tensor:
+        if self.looked == self.stops:
+            raise KeyboardInterrupt
+        self.looked += 1
+        size = image.width + image.height
+        boxes = torch.tensor([region.bounds(*image.size)[:2] for region in regions])
+        return (boxes / size)[:, None, None, :].repeat(1, 3, 4, 1).repeat_interleave(2, -1)
+
+    def encode_crops(self, crops: torch.Tensor) -> torch.Tensor:
+        return crops[:, :, 0, 0, ::3]
+
+
+def test_crops_are_made_once_and_go_on_after_a_stop(images: Any, tmp_path: Path) -> None:
+    config = FeatureConfig(views=1)
+    stopped: Any = Looking(stops=2)
+    with pytest.raises(KeyboardInterrupt):
+        build_features(tmp_path, images, stopped, stopped, config)
+    tower: Any = Looking()
+    crops = build_features(tmp_path, images, tower, tower, config).crops
+    assert crops is not None
+    assert tower.looked == IMAGES - 2
+    whole: Any = Looking()
+    afresh = build_features(tmp_path / "other", images, whole, whole, config).crops
+    assert afresh is not None
+    assert {key: row.tolist() for key, row in crops.items()} == {key: row.tolist() for key, row in afresh.items()}
+    objects = [(image, each) for image in images for each in image.objects if not each.iscrowd]
+    for place, (image, each) in enumerate(objects):
+        seen = [value / (image.width + image.height) for value in each.box[:2]]
+        expected = seen[::-1] if place % 2 else seen
+        assert crops[image.image_id, each.id].tolist() == pytest.approx(expected, abs=1e-3)
