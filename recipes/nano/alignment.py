@@ -105,8 +105,9 @@ def stand_in_loss(words: ClassWords, marks: Marks, model: Any, batch: Mapping[st
     embeds = embeds.masked_scatter((batch["stand_ins"] >= 0)[..., None], torch.cat(blurred).to(embeds.dtype))
     is_region = batch["input_ids"] == marks.region
     if marks.position:
-        code = position_code(batch["boxes"][is_region], embeds.shape[-1])
-        embeds[is_region] = embeds[is_region] + marks.position * code.to(embeds)
+        # As long, beside a name, as it will be: untrained words are short, and a whole code would drown them.
+        length = marks.position * names.detach().norm(dim=-1).mean()
+        embeds[is_region] = embeds[is_region] + length * position_code(batch["boxes"][is_region], embeds.shape[-1])
     if marks.offset:
         embeds[is_region] = embeds[is_region] + table(number_ids(batch["input_ids"], marks.region, marks.offset))
     if marks.image is not None:
