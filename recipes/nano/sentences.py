@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from expressions import neighbours, relation_words
 
 from regiongpt.data.coco import Box
 from regiongpt.data.facts import (
