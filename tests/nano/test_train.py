@@ -1,6 +1,7 @@
 """The whole recipe on drawn pictures: it trains, survives being killed, what is frozen stays; its settings."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import steps
 import torch
 from pictures import TINY, draw_pictures
 from recipe import RECIPE, NanoRecipe
@@ -194,3 +196,20 @@ def test_help_and_mistakes_load_nothing_heavy():
     assert ran.stdout.split() == ["2", "False"]
     assert ran.stderr.startswith("nano: error: ")
     assert "COCO annotations" in ran.stderr
+
+
+def test_features_that_were_cached_beside_the_language_step_are_taken_over(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    config = NanoRecipe.load(RECIPE, overrides(pictures, tmp_path))
+    progress = tmp_path / "features" / "progress.json"
+    with steps.caching_features(config, 16):
+        deadline = time.monotonic() + 120
+        while not (progress.exists() and json.loads(progress.read_text())["done"] == 16):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not multiprocessing.active_children()
+    written = progress.stat().st_mtime_ns
+    assert train(config.replace(steps=("language", "align"))) == tmp_path / "align" / "model"
+    assert progress.stat().st_mtime_ns == written
