@@ -125,9 +125,9 @@ def annotation_files(out: Path, coco: Path | None) -> Iterator[Any]:
         return
     path = out / "annotations_trainval2017.zip"
     if not path.exists():
-        with writing(path), path.with_suffix(".part").open("wb") as file:
-            file.write(_read(f"{COCO}/annotations/{path.name}"))
-        path.with_suffix(".part").replace(path)
+        with writing(path):
+            path.with_suffix(".part").write_bytes(_read(f"{COCO}/annotations/{path.name}"))
+            path.with_suffix(".part").replace(path)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != ANNOTATIONS_MD5:
@@ -156,15 +156,15 @@ def build(out: Path, coco: Path | None = None) -> None:
             for kind, into in (("instances", instances), ("captions", captions)):
                 found = read(f"{kind}_{split}.json")
                 for name, listed in parts.items():
-                    own = {i: row for i, row in listed.items() if row.split == split}
+                    own = {i: each for i, each in listed.items() if each.split == split}
                     sizes = {
                         each["id"]: (each["width"], each["height"]) for each in found["images"] if each["id"] in own
                     }
                     into[name]["images"] += [_image(own[i], *size) for i, size in sizes.items()]
                     for each in found["annotations"]:
-                        if row := own.get(each["image_id"]):
-                            whole = sizes[row.id]
-                            into[name]["annotations"].append(_scaled(each, row, *whole) if "bbox" in each else each)
+                        if image := own.get(each["image_id"]):
+                            scaled = _scaled(each, image, *sizes[image.id]) if kind == "instances" else each
+                            into[name]["annotations"].append(scaled)
                     if kind == "instances":
                         into[name]["categories"] = found["categories"]
     for name, part in PARTS.items():
