@@ -22,9 +22,12 @@ from regiongpt.data.facts import (
     COLOURS,
     COMPARED,
     MIN_AREA,
+    OBJECT,
+    OTHER,
     PLACED,
     SIZED,
     UNKNOWN,
+    UNNAMED,
     View,
     ViewObject,
     clashing,
@@ -163,7 +166,15 @@ class ConversationSampler:
     suffixes: bool = True
     outline_share: float = 0.5
 
-    def sample(self, view: View, colours: Mapping[int, str], seed: int, index: int, epoch: int) -> Conversation:
+    def sample(
+        self,
+        view: View,
+        colours: Mapping[int, str],
+        seed: int,
+        index: int,
+        epoch: int,
+        words: Mapping[int, str] | None = None,
+    ) -> Conversation:
         """One conversation; the same arguments always give the same one.
 
         Args:
@@ -172,6 +183,9 @@ class ConversationSampler:
             seed: Seed of the run.
             index: Place of the image in the run's list.
             epoch: How often the image has come before.
+            words: Annotation id -> what sentences call the object, where that is not its class but one of
+                :data:`regiongpt.data.facts.GROUPS` or :data:`regiongpt.data.facts.OBJECT`; None where they may name
+                whatever is there. It changes answers alone.
 
         Returns:
             At least one pair of turns. Objects under 4 px^2 of the view, and crowds, are not asked about.
@@ -180,7 +194,7 @@ class ConversationSampler:
         chosen = self._choose(rng, view)
         makers: dict[str, Callable[[], _Plan | None]] = {
             "refer": lambda: _refer(rng, view, chosen, colours),
-            "relation": lambda: _relate(rng, chosen),
+            "relation": lambda: _relate(rng, chosen, words is None),
             "locate": lambda: self._locate(rng, view, chosen, colours),
             "locate_each": lambda: _locate_each(rng, chosen),
             "presence": lambda: self._presence(rng, view),
@@ -189,7 +203,7 @@ class ConversationSampler:
             "where": lambda: _where(rng, view, chosen),
             "size": lambda: _size(rng, view, chosen),
             "colour": lambda: _colour(rng, chosen, colours),
-            "check": lambda: self._check(rng, chosen),
+            "check": lambda: self._check(rng, chosen, words is None),
             "compare": lambda: _compare(rng, chosen),
             "count": lambda: _count(rng),
             "other": lambda: _other(rng, chosen),
@@ -198,12 +212,12 @@ class ConversationSampler:
         for task, mean in self.mix.items():
             turns = int(mean + rng.random())
             if task == "classify":
-                plans += [self._classify(rng, each) for each in chosen[:turns]]
+                plans += [self._classify(rng, each, (words or {}).get(each.id, "")) for each in chosen[:turns]]
             elif task in ("describe", "caption"):
                 # From the far end, so that a described object has seldom been classified in another turn.
                 taken = sum(plan is not None and plan.task in ("describe", "caption") for plan in plans)
                 for each in chosen[::-1][taken : taken + turns] or chosen[:turns]:
-                    plans.append(_describe(rng, view, each, colours, task))
+                    plans.append(_describe(rng, view, each, colours, task, (words or {}).get(each.id, "")))
             else:
                 plans += [makers[task]() for _ in range(turns)]
         made = [plan for plan in plans if plan] or [plan for plan in [self._presence(rng, view)] if plan]
@@ -219,9 +233,10 @@ class ConversationSampler:
         order = np.argsort(-np.log(rng.random(len(objects)) + 1e-12) / weights)[: self.regions_per_image]
         return [objects[k] for k in rng.permutation(order)]
 
-    def _classify(self, rng: np.random.Generator, each: ViewObject) -> _Plan:
+    def _classify(self, rng: np.random.Generator, each: ViewObject, word: str) -> _Plan:
         wording, guided = int(rng.integers(10)), rng.random() >= FREE_SHARE
-        answer = each.category if guided else CALLED.format(a=with_article(noun(each.category)))
+        called = UNNAMED if word == OBJECT else CALLED.format(a=with_article(noun(word or each.category)))
+        answer = each.category if guided else called
 
         def write(numbers: list[int]) -> tuple[str, str]:
             suffix = guided and self.suffixes
@@ -242,7 +257,7 @@ class ConversationSampler:
         answer = say_presence(rng, view, category)
         return _Plan("presence", (), lambda numbers: (text, answer))
 
-    def _check(self, rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+    def _check(self, rng: np.random.Generator, chosen: Sequence[ViewObject], named: bool) -> _Plan | None:
         """Whether an object is of a class: its own, or one that is as common as those of other objects."""
         if not chosen:
             return None
@@ -250,7 +265,8 @@ class ConversationSampler:
         if rng.random() < 0.5:
             weights = np.sqrt(self.statistics.boxes + 1) * np.array([other != each.category for other in COCO_80])
             name = COCO_80[int(rng.choice(80, p=weights / weights.sum()))]
-        answer = CHECKED["no" if name else "yes"].format(a=with_article(noun(each.category)))
+        wording = CHECKED["yes"] if not name else CHECKED["no"] if named else OTHER
+        answer = wording.format(a=with_article(noun(each.category)))
         return _common(rng, "check", (each,), answer, a=with_article(noun(name or each.category)))
 
     def _presence_each(self, rng: np.random.Generator, view: View) -> _Plan | None:
@@ -340,9 +356,11 @@ def _locate_each(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Pla
     return _Plan("locate_each", order, write)
 
 
-def _describe(rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], task: str) -> _Plan:
+def _describe(
+    rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], task: str, word: str
+) -> _Plan:
     wording = int(rng.integers(10))
-    return _worded(task, wording, (each,), describe(rng, view, each, colours, brief=task == "caption"))
+    return _worded(task, wording, (each,), describe(rng, view, each, colours, task == "caption", word))
 
 
 def _refer(
@@ -357,14 +375,14 @@ def _refer(
     return None
 
 
-def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject], named: bool) -> _Plan | None:
     """How one object lies to another, of up to four pairs the first that clearly relates."""
     pairs = [rng.permutation(len(chosen))[:2] for _ in range(4 if len(chosen) > 1 else 0)]
     for a, b in ((chosen[i], chosen[j]) for i, j in pairs):
         how = relation(a.box, b.box)
         if how is not None:
             wording = int(rng.integers(10))
-            return _worded("relation", wording, (a, b), relate(rng, a, b, how))
+            return _worded("relation", wording, (a, b), relate(rng, a, b, how, named))
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from conversations import Conversation, ConversationSampler, of_blank
 from features import FeatureStore, plan_views
+from naming import Words
 from recipe import FeatureConfig
 from torch.utils.data import Dataset
 
@@ -49,6 +50,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         group: Images in a group; the size of a micro-batch.
         isolated_share: Share of the conversations whose turns do not see each other.
         image_grid: Rows and columns of the image tokens.
+        words: What to call objects; any by its class when None.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         group: int,
         isolated_share: float,
         image_grid: tuple[int, int],
+        words: Words | None = None,
     ) -> None:
         self.images, self.store, self.sampler, self.processor = images, store, sampler, processor
         self.features, self.seed, self.items = features, seed, items
         self.group, self.isolated_share = group, isolated_share
-        self.image_grid = image_grid
+        self.image_grid, self.words = image_grid, words
         self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
@@ -109,13 +112,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return str(self.images[int(self.order(epoch)[position])].path)
 
     def draw(self, item: int) -> tuple[int, int, View, Conversation]:
-        """The image's index, the number of its view, that view and the conversation of one item."""
+        """The image's index, the number of its view, that view and the conversation of one item.
+
+        It does not call an object by its class where the model, with or without a second look, could not tell it.
+        """
         epoch, position = divmod(item, len(self.images))
         index = int(self.order(epoch)[position])
         # Every image starts at another view and then goes round, so that each is seen equally often.
         number = (epoch + index) % self.features.views
         view = plan_views(self.images[index], self.store.place(index), self.features)[number]
-        return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch)
+        drawn = (view, self.store.colours[index], self.seed, index, epoch)
+        conversation = self.sampler.sample(*drawn)
+        if self.words is not None:
+            image, objects = self.images[index].image_id, conversation.objects
+            found = zip(objects, left_out(len(objects), self.seed, item).tolist(), strict=True)
+            spoken = {
+                each: (self.words.fast if fast else self.words.careful).get((image, each)) for each, fast in found
+            }
+            conversation = self.sampler.sample(*drawn, {each: word for each, word in spoken.items() if word})
+        return index, number, view, conversation
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of one epoch: shuffled, sorted by objects within windows, then groups shuffled."""

@@ -119,6 +119,9 @@ class NanoRecipe(Recipe):
     """Steps to run, of ``language``, ``align``, ``stage1`` and ``stage2``; all when empty."""
     isolated_share: Share = 0.8
     """Share of the conversations whose turns do not attend to each other."""
+    sure: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of class names that must be true for stage 2 to say them in sentences, instead of a wider word; 0 to name
+    every object."""
     data: PhotoConfig = PhotoConfig()
     model: NanoModelConfig = NanoModelConfig()
     features: FeatureConfig = FeatureConfig()

@@ -1,5 +1,6 @@
 """Answers in plain English, which say of a region only what the region itself shows. Each sentence stands alone."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -47,9 +48,14 @@ def place_words(rng: np.random.Generator, view: View, each: ViewObject) -> str |
 
 
 def describe(
-    rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], brief: bool = False
+    rng: np.random.Generator,
+    view: View,
+    each: ViewObject,
+    colours: Mapping[int, str],
+    brief: bool = False,
+    word: str = "",
 ) -> str:
-    """Describes one object: class always, colour where known, size and place in one of two sentences.
+    """Describes one object: class or a wider word, colour where known, size and place in one of two sentences.
 
     Args:
         rng: Picks the wording.
@@ -57,11 +63,12 @@ def describe(
         each: Its object to describe.
         colours: As :func:`regiongpt.data.facts.colours_of` gives.
         brief: One phrase instead of one or two sentences.
+        word: What to call it instead of its class.
     """
     size = size_name(each.box, view.width, view.height)
     place = place_words(rng, view, each)
     adjective = size if each.category != "person" and rng.random() < (0.25 if brief else 0.5) else ""
-    a = with_article(noun(each.category, adjective, colours.get(each.id, "")))
+    a = with_article(noun(word or each.category, adjective, colours.get(each.id, "")))
     opening = pick(rng, [t for t in (BRIEF if brief else OPENINGS) if place or "{place}" not in t])
     text = opening.format(a=a, A=a[0].upper() + a[1:], place=place)
     if brief:
@@ -71,12 +78,14 @@ def describe(
     return text if adjective else f"{text} {SIZED[size]}"
 
 
-def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str) -> str:
-    """How object ``a`` lies to object ``b``; ``{i}`` and ``{j}`` stand for the numbers of their regions."""
+def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str, named: bool = True) -> str:
+    """How ``a`` lies to ``b``, with their classes or without; ``{i}`` and ``{j}`` stand for the numbers of regions."""
     if how in ("overlapping", "inside", "around"):
         wordings = [each for each in OVERLAP if a.category != b.category or "{i}" in each]
     else:
         wordings = list(ALIKE if a.category == b.category else APART)
+    if not named:
+        wordings = [each for each in wordings if not re.search("{(first|second|boths)}|^It", each)]
     return pick(rng, wordings).format(
         first=noun(a.category),
         second=noun(b.category),

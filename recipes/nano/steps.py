@@ -14,6 +14,7 @@ from alignment import ClassWords, Marks, compare_at_first, stand_in_loss, visual
 from conversations import ConversationSampler
 from dataset import EXTRAS, ConversationDataset
 from features import FeatureStore, build_features
+from naming import Words, words_of
 from reading import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import NanoRecipe, NanoStageConfig
 from transformers import LlamaForCausalLM, set_seed
@@ -80,8 +81,11 @@ def _train(config: NanoRecipe) -> Path:
             stage: NanoStageConfig = getattr(config, name)
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
+            spoken = None
+            if name == "stage2" and config.sure:
+                spoken = words_of(images, store, model, processor, words, config.sure)
             return {
-                "dataset": conversations_of(config, stage, images, store, sampler, processor, grid),
+                "dataset": conversations_of(config, stage, images, store, sampler, processor, grid, spoken),
                 "collate": DataCollator(processor, EXTRAS),
                 "loss": partial(visual_loss, words, stage.alignment, name != "align"),
                 "dev": dev_conversations(config, sampler, model, processor),
@@ -142,11 +146,12 @@ def conversations_of(
     sampler: ConversationSampler,
     processor: Any,
     grid: tuple[int, int],
+    words: Words | None,
 ) -> ConversationDataset:
     """The conversations of a stage, all its epochs."""
     items = max(1, round(stage.epochs * len(images)))
     shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
-    return ConversationDataset(images, store, sampler, processor, *shape)
+    return ConversationDataset(images, store, sampler, processor, *shape, words)
 
 
 def dev_conversations(

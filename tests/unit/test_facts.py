@@ -223,6 +223,11 @@ def judged_view() -> tuple[View, dict[int, str]]:
         ("compare", "No, they are about the same size in the image.", [False]),
         ("check", "Yes, it is a dog.", [True]),
         ("check", "No, it is a small cat.", [False, False]),
+        ("check", "No, it is something else.", [False]),
+        ("describe", "A medium-sized brown animal on the left. It is on the left.", [True, True, True, True]),
+        ("describe", "A piece of food.", [False]),
+        ("describe", "A brown object on the left.", [True, True]),
+        ("classify", "It is something I can't name.", []),
         ("colour", "It is brown.", [True]),
         ("where", "It is on the right.", [False]),
         ("size", "It fills much of the image.", [False]),
@@ -327,9 +332,17 @@ def test_what_is_declined_of_what_can_and_can_not_be_answered(facts):
 def test_answers_about_one_region_agree_or_not(facts):
     said = {
         "classify-1-7": "dog", "describe-1-7": "A dog.", "brief-1-7": "A cat.", "ask-1-7": "It is a dog.",
-        "classify-1-8": "cup", "describe-1-8": "A cup.", "ask-1-8": "Cup!",
+        "classify-1-8": "cup", "describe-1-8": "A piece of tableware.", "ask-1-8": "Cup!", "brief-1-8": "An object.",
         "presence-1-dog": "Yes.", "presence-1-cup": "No.",
     }  # fmt: skip
     figures = scores(facts, said).data["protocols"]["agreement"]
     shares = {name.split()[0]: (each["value"], each["of"]) for name, each in figures.items()}
-    assert shares == {"describe": (1.0, 2), "brief": (0.0, 2), "ask": (0.5, 2), "presence": (0.5, 2)}
+    assert shares == {"describe": (1.0, 2), "brief": (0.0, 1), "ask": (1.0, 1), "presence": (0.5, 2)}
+    named = scores(facts, said).data["protocols"]["named"]
+    assert {name: each["value"] for name, each in named.items()} == {"class": 0.5, "wider word": 0.5}
+
+
+def test_a_choice_among_given_names_is_no_claim(facts):
+    found = scores(facts, {"classify-1-7": "cup", "describe-1-7": "A dog."}).data["protocols"]
+    assert found["claims, class"]["true"] == found["claims, all"]["true"]
+    assert (found["claims, class"]["true"]["value"], found["claims, class"]["true"]["of"]) == (1.0, 1)

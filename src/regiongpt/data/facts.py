@@ -350,7 +350,8 @@ class Claim:
 
     Attributes:
         kind: ``class``, ``colour``, ``size``, ``place``, ``count``, ``relation`` or ``presence``.
-        value: Such as ``"dog"``, ``"red"``, ``"large"``, ``"at the top"``, ``"one"``, ``"above"``, ``"yes"``.
+        value: Such as ``"dog"``, ``"animal"``, ``"another"`` (than the class asked for), ``"red"``, ``"large"``,
+            ``"at the top"``, ``"one"``, ``"above"``, ``"yes"``.
         about: The class that is counted, related to or said to be there; of presence, empty for the one asked about.
         region: Number of the region it is about, 0 for the whole image.
         to: Number of the region that a relation is to, 0 where that is any object of the class.
@@ -376,7 +377,7 @@ def holds(
         view: The image that the claim is about.
         regions: Objects that region 1, region 2, ... stand for.
         colours: As :func:`colours_of` gives.
-        asked: The class that a question about presence asked for.
+        asked: The class that a question asked for.
     """
     if max(claim.region, claim.to) > len(regions) or 0 < claim.region == claim.to:
         return False  # a region that does not exist, or a region and itself
@@ -390,7 +391,9 @@ def holds(
         return None if count is None else NUMBERS[min(count, len(NUMBERS) - 1)] == claim.value
     assert each is not None
     if claim.kind == "class":
-        return each.category == claim.value
+        if claim.value == "another":
+            return each.category != name
+        return each.category in GROUPS.get(claim.value, (claim.value,))
     if claim.kind == "colour":
         known = colours.get(each.id)
         return True if known == claim.value else None if clashing(known, claim.value) else False
@@ -434,7 +437,25 @@ def _relates(how: str, a: Box, b: Box) -> bool | None:
 # wordings; each sentence stands alone.
 
 
-HEADS = {"skis": "pair of", "scissors": "pair of", "broccoli": "piece of"}
+GROUPS = {
+    "animal": ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
+    "vehicle": ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
+    "food": ("banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake"),
+    "furniture": ("chair", "couch", "bed", "dining table", "bench"),
+    "tableware": ("wine glass", "cup", "fork", "knife", "spoon", "bowl"),
+    "sports equipment": (
+        "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
+        "surfboard", "tennis racket",
+    ),
+    "electronic device": ("tv", "laptop", "mouse", "remote", "keyboard", "cell phone"),
+    "bag": ("backpack", "handbag", "suitcase"),
+}  # fmt: skip
+"""Wider words for classes that are easily taken for each other."""
+OBJECT = "object"
+"""A word for anything, which claims no class."""
+HEADS = {"skis": "pair of", "scissors": "pair of", "broccoli": "piece of"} | dict.fromkeys(
+    ("food", "furniture", "tableware", "sports equipment"), "piece of"
+)
 PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep"} | {word: word for word in HEADS}
 FRAMES = ("the image", "the image", "the picture", "the photo")
 RELATIONS = {
@@ -446,7 +467,7 @@ RELATIONS = {
     "around": ("around",),
     "overlapping": ("overlapping", "partly overlapping"),
 }
-CALLED = "It is {a}."
+CALLED, UNNAMED = "It is {a}.", "It is something I can't name."
 BRIEF = ("{A}.", "{A} {place}.")
 OPENINGS = (
     "{A} {place}.",
@@ -466,6 +487,7 @@ SIZED = {
     "huge": "It fills much of the image.",
 }
 CHECKED = {"yes": "Yes, it is {a}.", "no": "No, it is {a}."}
+OTHER = "No, it is something else."
 COMPARED = {
     "bigger than": "Yes, it is bigger in the image.",
     "smaller than": "No, it is smaller in the image.",
@@ -530,7 +552,7 @@ _HOW = {words: how for how, wordings in RELATIONS.items() for words in wordings}
 }
 _PHRASE = re.compile(
     rf"(?:{_any(HEADS.values())} )?(?:(?P<size>{_any(name for _, name in SIZES)}) )?"
-    rf"(?:(?P<colour>{_any(COLOURS)}) )?(?P<name>{_any(COCO_80)})"
+    rf"(?:(?P<colour>{_any(COLOURS)}) )?(?P<name>{_any([*COCO_80, *GROUPS, OBJECT])})"
 )
 _N, _NS = _any(_SINGULAR), _any(_PLURAL)
 _A = rf"[Aa]n? {re.sub('P<[a-z]+>', ':', _PHRASE.pattern)}"
@@ -548,14 +570,14 @@ def _grammar(task: str) -> list[tuple[re.Pattern[str], tuple[Claim, ...]]]:
     described = [*((each, ()) for each in (*OPENINGS, PLACED)), *sized]
     tables: dict[str, list[tuple[str, tuple[Claim, ...]]]] = {
         "describe": described,
-        "classify": [("{n}", ()), (CALLED, ()), *described],
+        "classify": [("{n}", ()), (CALLED, ()), (UNNAMED, ()), *described],
         "relation": [(each, ()) for each in (*APART, *ALIKE, *OVERLAP)],
         "presence": [(each, ()) for each in (*YES, *NO) if "{" in each]
         + [(f"{word.capitalize()}.", (Claim("presence", word, region=0),)) for word in ("yes", "no")],
         "where": [(PLACED, ())],
         "size": sized,
         "colour": [(COLOURED, ())],
-        "check": [(each, ()) for each in CHECKED.values()],
+        "check": [*((each, ()) for each in CHECKED.values()), (OTHER, (Claim("class", "another"),))],
         "compare": [(each, (Claim("relation", how, to=2),)) for how, each in COMPARED.items()],
     }
 
@@ -592,7 +614,8 @@ def _meant(found: Mapping[str, str]) -> Iterator[Claim]:
         if slot in ("a", "A", "first", "second", "n"):
             match = _PHRASE.fullmatch(words.split(" ", 1)[1] if slot in ("a", "A") else words)
             assert match
-            yield Claim("class", match["name"], region=j if slot == "second" else i)
+            if match["name"] != OBJECT:
+                yield Claim("class", match["name"], region=j if slot == "second" else i)
             yield from (Claim(kind, match[kind]) for kind in ("size", "colour") if match[kind])
         elif slot == "boths":
             yield from (Claim("class", _PLURAL[words], region=k) for k in (i, j))

@@ -13,6 +13,7 @@ import numpy as np
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import (
+    GROUPS,
     UNKNOWN,
     Claim,
     View,
@@ -106,7 +107,7 @@ class Facts(AnnotatedTask):
             name = each.category if rng.random() < 0.5 else others[int(rng.integers(len(others)))]
             for kind in ("where", "size", "colour", "check"):
                 text = COMMON[kind][0].format(r="<region1>", a=with_article(noun(name)))
-                yield item(kind, str(each.id), text, [each])
+                yield item(kind, str(each.id), text, [each], **({"asked": name} if kind == "check" else {}))
         for name in names[:1]:
             yield item("count", name, COMMON["count"][0].format(ns=plural(name)), [])
         for k in rng.permutation(len(OFF_TOPIC["asked"]))[:2].tolist():
@@ -128,6 +129,9 @@ class Facts(AnnotatedTask):
             claims, rest = read(_GRAMMARS.get(task, task), text) if text else ([], [])
             unread.update(rest)
             judged += [Judged(place, claim, self._true(items[place], claim)) for claim in claims]
+        agreement, named = _agreement(items, judged), _named(items, judged)
+        # The nearest of a list of names, which one must be picked from, claims nothing; coco_cls measures that.
+        judged = [each for each in judged if items[each.item].groups["question"] != "classify"]
         protocols = {}
         rows = [["kind", "says", "claims", "true", "false", "undecided", "true if always said, %"]]
         for kind in ("all", *KINDS):
@@ -154,7 +158,7 @@ class Facts(AnnotatedTask):
                 scores={"true": [shares.get(place) for place in range(len(items))]},
                 of={name: int(share.sums[:, 1].sum()) for name, share in statistics.items()},
             )
-        protocols["agreement"] = _agreement(items, judged)
+        protocols["agreement"], protocols["named"] = agreement, named
         protocols["declined"] = _declined(items, texts)
         notes = []
         if unread:
@@ -207,6 +211,17 @@ def _declined(items: Sequence[Item], texts: Sequence[str | None]) -> Scored:
     return _means(items, scores)
 
 
+def _named(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
+    """The share of descriptions that name a class, and of those that say a wider word for it."""
+    said = {each.item: each.claim.value in GROUPS for each in judged if each.claim.kind == "class"}
+    described = [k if item.groups["question"] == "describe" else None for k, item in enumerate(items)]
+    scores: dict[str, list[float | None]] = {
+        name: [None if k is None else float(said.get(k) is wide) for k in described]
+        for name, wide in (("class", False), ("wider word", True))
+    }
+    return _means(items, scores)
+
+
 def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float | None]]) -> Scored:
     """Means of the scores that there are."""
     known = {name: [(k, score) for k, score in enumerate(found) if score is not None] for name, found in scores.items()}
@@ -218,7 +233,7 @@ def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float | None]]) 
 
 
 def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
-    """Share of the classes named by ``classify`` that the other answers agree with."""
+    """Share of the classes chosen by ``classify`` that the other answers agree with, of those that name one."""
     said: dict[tuple[str, Any, Any], str] = {}
     for each in judged:
         item, claim = items[each.item], each.claim
@@ -231,6 +246,6 @@ def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
         name = said.get(("classify", image, objects[0])) if item.groups["question"] == "classify" else None
         for task, found in pairs.items():
             other = said.get((task, image, name if task == "presence" else objects[0])) if name else None
-            wanted = "yes" if task == "presence" else name
-            found.append(None if name is None or (task == "presence" and other is None) else float(other == wanted))
+            agrees = other == "yes" if task == "presence" else name in GROUPS.get(other or "", (other,))
+            found.append(None if other is None else float(agrees))
     return _means(items, {f"{task} and classify": found for task, found in pairs.items()})

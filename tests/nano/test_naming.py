@@ -1,0 +1,67 @@
+"""What sentences call an object: the words follow the certainty, and change nothing else of a conversation."""
+
+import numpy as np
+import pytest
+import torch
+from alignment import ClassWords
+from conversations import ClassStatistics, ConversationSampler
+from features import FeatureStore
+from naming import certainty, group_shares, words_of
+from pictures import annotated
+from test_dataset import nano_like  # noqa: F401  # a fixture
+
+from regiongpt.data.facts import GROUPS, OBJECT, View, read
+from regiongpt.prompts import COCO_80
+
+
+def test_the_certainty_is_the_lowest_above_which_enough_is_right():
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5], np.float32)
+    right = np.array([True, True, False, True, False])
+    assert certainty(scores, right, 0.9) == pytest.approx(0.8)
+    assert certainty(scores, right, 0.75) == pytest.approx(0.6)
+    assert certainty(scores, right, 0.5) == pytest.approx(0.5)
+    assert certainty(scores, ~right, 0.99) == float("inf")
+
+
+def test_a_wider_word_is_as_likely_as_its_classes_together():
+    shares = np.zeros((1, 80), np.float32)
+    shares[0, [COCO_80.index("cat"), COCO_80.index("dog"), COCO_80.index("person")]] = 0.3, 0.4, 0.3
+    assert dict(zip(GROUPS, group_shares(shares)[0].tolist(), strict=True))["animal"] == pytest.approx(0.7)
+
+
+def test_words_change_what_is_called_and_what_is_seen_stays():
+    image = annotated(("dog", (10, 10, 40, 50)), ("car", (50, 20, 95, 60)), ("book", (5, 60, 20, 80)))
+    mix = {"classify": 3, "describe": 3, "relation": 2, "check": 3}
+    sampler = ConversationSampler(ClassStatistics.of([image]), mix=mix)
+    view = View(image)
+    words = {image.objects[0].id: "animal", image.objects[2].id: "object"}
+    seen = set()
+    for epoch in range(40):
+        plain, hedged = (sampler.sample(view, {}, 0, 0, epoch, given) for given in (None, words))
+        assert (plain.regions, plain.objects, plain.tasks) == (hedged.regions, hedged.objects, hedged.tasks)
+        assert [m["content"] for m in plain.messages[::2]] == [m["content"] for m in hedged.messages[::2]]
+        for task, asked, answer in zip(hedged.tasks, hedged.messages[::2], hedged.messages[1::2], strict=True):
+            text = answer["content"]
+            if task == "relation":
+                assert text.startswith("Region [")
+                assert not {"dog", "car", "book"} & set(text.replace(".", "").split())
+            elif text not in COCO_80:
+                assert "dog" not in text or text.startswith("Yes") or "dog" in asked["content"]
+                assert not read(task, text)[1], text
+                seen |= {claim.value for claim in read(task, text)[0] if claim.kind == "class"}
+    assert {"animal", "car", "another"} <= seen
+
+
+@pytest.mark.parametrize("sure", [0.0, 0.5, 1.0])
+def test_the_words_of_objects_are_true_and_as_many_as_asked_for(nano_like, sure):  # noqa: F811
+    model, processor = nano_like
+    objects = [(name, (5 * k, 10, 5 * k + 30, 60)) for k, name in enumerate(("dog", "cat", "book", "dog", "car"))]
+    images = [annotated(*objects)]
+    features = torch.randn(1, 1, 352 + 4 * 120 + 4 * 48 + 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    store = FeatureStore(features.half().numpy(), [{}])
+    found = words_of(images, store, model, processor, ClassWords(processor.tokenizer), sure)
+    assert found.fast == found.careful
+    classes = {(1, each.id): each.category for each in images[0].objects}
+    assert all(word == OBJECT or classes[key] in GROUPS[word] for key, word in found.fast.items())
+    assert set(found.fast) <= set(classes)
+    assert len(found.fast) == 0 if sure == 0 else len(found.fast) > 0
