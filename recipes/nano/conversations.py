@@ -106,10 +106,12 @@ class ClassStatistics:
     Attributes:
         boxes: Single objects per class of :data:`COCO_80`, shape (80,).
         together: Images holding both classes, shape (80, 80); the diagonal counts images per class.
+        confused: Mean probability that objects of a class were given for each class, shape (80, 80), if measured.
     """
 
     boxes: NDArray[np.float64]
     together: NDArray[np.float64]
+    confused: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, images: Sequence[ImageAnnotations]) -> "ClassStatistics":
@@ -127,12 +129,15 @@ class ClassStatistics:
         return cls(boxes, together)
 
     def absent(self, rng: np.random.Generator, view: View, tempting: bool) -> str | None:
-        """A class that is certainly absent from the view: any, or one that often occurs with the present ones."""
+        """A class that is certainly absent from the view: any, or one that a present one goes with or is taken for."""
         open_ = np.array([name not in view.by_category and name not in view.maybe for name in COCO_80], dtype=float)
         if tempting:
             here = [_INDEX[name] for name in view.by_category]
             images = np.maximum(self.together.diagonal(), 1.0)
             pull = (self.together[here] / images[here, None]).sum(axis=0) if here else images
+            if self.confused is not None and here:
+                taken = self.confused[here].sum(axis=0) * open_
+                pull = pull / max((pull * open_).sum(), 1e-6) + taken / max(taken.sum(), 1e-6)
             open_ *= pull + 1e-6
         total = open_.sum()
         return COCO_80[int(rng.choice(80, p=open_ / total))] if total > 0 else None
@@ -158,6 +163,7 @@ class ConversationSampler:
             classes come first (weight 1/sqrt(boxes of the class), halved for people).
         suffixes: Whether questions end with the suffix that fixes the format of their answer.
         outline_share: Share of the regions with an outline, in [0, 1], that are given by it rather than by their box.
+        present_share: Share of the questions about one class's presence, in [0, 1], that ask for one that is there.
     """
 
     statistics: ClassStatistics
@@ -165,6 +171,7 @@ class ConversationSampler:
     regions_per_image: int = 12
     suffixes: bool = True
     outline_share: float = 0.5
+    present_share: float = 0.5
 
     def sample(
         self,
@@ -247,7 +254,7 @@ class ConversationSampler:
     def _presence(self, rng: np.random.Generator, view: View) -> _Plan | None:
         there = sorted(set(view.by_category) - view.maybe)
         category: str | None
-        if there and rng.random() < 0.5:
+        if there and rng.random() < self.present_share:
             category = pick(rng, there)
         else:
             category = self.statistics.absent(rng, view, tempting=rng.random() < 0.5)

@@ -35,10 +35,12 @@ class Words(NamedTuple):
     Attributes:
         fast: Without a second look.
         careful: With one; the same where the model takes none.
+        confused: Mean probability, careful, that objects of a class were given for each class, (80, 80).
     """
 
     fast: Mapping[tuple[int, int], str]
     careful: Mapping[tuple[int, int], str]
+    confused: NDArray[np.float64]
 
 
 def words_of(
@@ -70,7 +72,8 @@ def words_of(
         spoken.append(
             {ids[k]: NAMES[group[k]] if wider[k] else OBJECT for k in np.flatnonzero(open_)}  # the rest by their class
         )
-    return Words(spoken[0], spoken[-1])
+    confused = np.stack([found[-1][classes == k].sum(0) / max((classes == k).sum(), 1) for k in range(len(COCO_80))])
+    return Words(spoken[0], spoken[-1], confused.astype(np.float64))
 
 
 def group_shares(shares: NDArray[np.float32]) -> NDArray[np.float32]:

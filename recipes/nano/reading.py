@@ -260,6 +260,7 @@ def sampler_of(
         mix or config.data.mix or DEFAULT_MIX,
         suffixes=config.data.suffixes,
         outline_share=config.data.outline_share,
+        present_share=0.5 if mix else config.data.present_share,
     )
 
 

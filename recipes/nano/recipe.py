@@ -36,6 +36,8 @@ class PhotoConfig(DataConfig):
     """Average number of turns per task in a conversation; the sampler's own mix when empty."""
     outline_share: Share = 0.5
     """Share of the regions with an outline that are given by it rather than by their box."""
+    present_share: Share = 0.5
+    """Share of the questions "Is there a ...?" to which the answer is yes; more of them make yes likelier."""
 
     @field_validator("mix")
     @classmethod

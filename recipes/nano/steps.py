@@ -5,6 +5,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,12 @@ def _train(config: NanoRecipe) -> Path:
             stage: NanoStageConfig = getattr(config, name)
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
-            spoken = None
+            asking, spoken = sampler, None
             if name == "stage2" and config.sure:
                 spoken = words_of(images, store, model, processor, words, config.sure)
+                asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
             return {
-                "dataset": conversations_of(config, stage, images, store, sampler, processor, grid, spoken),
+                "dataset": conversations_of(config, stage, images, store, asking, processor, grid, spoken),
                 "collate": DataCollator(processor, EXTRAS),
                 "loss": partial(visual_loss, words, stage.alignment, name != "align"),
                 "dev": dev_conversations(config, sampler, model, processor),

@@ -1,5 +1,7 @@
 """What sentences call an object: the words follow the certainty, and change nothing else of a conversation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,24 @@ def test_the_words_of_objects_are_true_and_as_many_as_asked_for(nano_like, sure)
     store = FeatureStore(features.half().numpy(), [{}])
     found = words_of(images, store, model, processor, ClassWords(processor.tokenizer), sure)
     assert found.fast == found.careful
+    rows = found.confused.sum(1)
+    assert rows[COCO_80.index("dog")] == pytest.approx(1)
+    assert rows[COCO_80.index("bus")] == 0
     classes = {(1, each.id): each.category for each in images[0].objects}
     assert all(word == OBJECT or classes[key] in GROUPS[word] for key, word in found.fast.items())
     assert set(found.fast) <= set(classes)
     assert len(found.fast) == 0 if sure == 0 else len(found.fast) > 0
+
+
+def test_what_is_taken_for_a_present_class_is_asked_about_and_yes_as_often_as_set():
+    image = annotated(("dog", (10, 10, 40, 50)))
+    statistics = ClassStatistics.of([image])
+    confused = np.zeros((80, 80))
+    confused[COCO_80.index("dog"), COCO_80.index("cat")] = 1.0
+    rng = np.random.default_rng(0)
+    tempting = replace(statistics, confused=confused)
+    assert {tempting.absent(rng, View(image), True) for _ in range(20)} == {"cat"}
+    assert len({statistics.absent(rng, View(image), True) for _ in range(20)}) > 5
+    sampler = ConversationSampler(statistics, mix={"presence": 50}, present_share=0.9)
+    answers = [m["content"] for m in sampler.sample(View(image), {}, 0, 0, 0).messages[1::2]]
+    assert 40 <= sum(answer.startswith("Yes") for answer in answers) < 50
