@@ -18,13 +18,13 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import (
     CALLED,
     CHECKED,
-    COLOURED,
     COLOURS,
     COMPARED,
     MIN_AREA,
     OBJECT,
     OTHER,
     PLACED,
+    SHOWN,
     SIZED,
     UNKNOWN,
     UNNAMED,
@@ -70,12 +70,12 @@ MOST_ASKED = 5
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
-# Of the questions about a colour, so many are about an object without a clear one.
-UNCLEAR_SHARE = 0.15
 # An area so many times another is bigger; one up to so many times is about the same.
 BIGGER, SAME = 1.5, 1.15
 # A human caption still holds for a crop that keeps this much of the image.
 CAPTION_COVERAGE = 0.75
+# What is said of a whole image: classes of which one object fills this much of it, so many at most.
+PROMINENT, MOST_SHOWN = 0.08, 3
 
 _INDEX = {name: k for k, name in enumerate(COCO_80)}
 
@@ -206,10 +206,10 @@ class ConversationSampler:
             "locate_each": lambda: _locate_each(rng, chosen),
             "presence": lambda: self._presence(rng, view),
             "presence_each": lambda: self._presence_each(rng, view),
-            "image_caption": lambda: _caption(rng, view),
+            "image_caption": lambda: _caption(rng, view) if words is None else _shown(rng, view),
             "where": lambda: _where(rng, view, chosen),
             "size": lambda: _size(rng, view, chosen),
-            "colour": lambda: _colour(rng, chosen, colours),
+            "colour": lambda: _colour(rng, chosen),
             "check": lambda: self._check(rng, chosen, words is None),
             "compare": lambda: _compare(rng, chosen),
             "count": lambda: _count(rng),
@@ -224,7 +224,7 @@ class ConversationSampler:
                 # From the far end, so that a described object has seldom been classified in another turn.
                 taken = sum(plan is not None and plan.task in ("describe", "caption") for plan in plans)
                 for each in chosen[::-1][taken : taken + turns] or chosen[:turns]:
-                    plans.append(_describe(rng, view, each, colours, task, (words or {}).get(each.id, "")))
+                    plans.append(_describe(rng, view, each, task, (words or {}).get(each.id, "")))
             else:
                 plans += [makers[task]() for _ in range(turns)]
         made = [plan for plan in plans if plan] or [plan for plan in [self._presence(rng, view)] if plan]
@@ -363,11 +363,9 @@ def _locate_each(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Pla
     return _Plan("locate_each", order, write)
 
 
-def _describe(
-    rng: np.random.Generator, view: View, each: ViewObject, colours: Mapping[int, str], task: str, word: str
-) -> _Plan:
+def _describe(rng: np.random.Generator, view: View, each: ViewObject, task: str, word: str) -> _Plan:
     wording = int(rng.integers(10))
-    return _worded(task, wording, (each,), describe(rng, view, each, colours, task == "caption", word))
+    return _worded(task, wording, (each,), describe(rng, view, each, task == "caption", word))
 
 
 def _refer(
@@ -425,14 +423,9 @@ def _size(rng: np.random.Generator, view: View, chosen: Sequence[ViewObject]) ->
     return _common(rng, "size", (each,), SIZED[size_name(each.box, view.width, view.height)])
 
 
-def _colour(rng: np.random.Generator, chosen: Sequence[ViewObject], colours: Mapping[int, str]) -> _Plan | None:
-    """The colour of an object that has a clear one, or at times of one that has none."""
-    unclear = rng.random() < UNCLEAR_SHARE
-    options = [each for each in chosen if (each.id in colours) != unclear] if colours else []
-    if not options:
-        return None
-    each = pick(rng, options)
-    return _common(rng, "colour", (each,), UNKNOWN if unclear else COLOURED.format(colour=colours[each.id]))
+def _colour(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
+    """A model of this size said "black" of almost everything."""
+    return _common(rng, "colour", (pick(rng, chosen),), UNKNOWN) if chosen else None
 
 
 def _compare(rng: np.random.Generator, chosen: Sequence[ViewObject]) -> _Plan | None:
@@ -480,6 +473,20 @@ def _caption(rng: np.random.Generator, view: View) -> _Plan | None:
     if not captions:
         return None
     text, answer = question("image_caption", int(rng.integers(10))), pick(rng, captions)
+    return _Plan("image_caption", (), lambda numbers: (text, answer))
+
+
+def _shown(rng: np.random.Generator, view: View) -> _Plan | None:
+    """The classes of the largest objects, largest first."""
+    whole = view.width * view.height
+    large = sorted((each for each in view.askable if each.area >= PROMINENT * whole), key=lambda each: -each.area)
+    names = list(dict.fromkeys(each.category for each in large))[:MOST_SHOWN]
+    if not names:
+        return None
+    some = dict(
+        zip(("some", "second_thing", "third_thing"), (with_article(noun(each)) for each in names), strict=False)
+    )
+    text, answer = question("image_caption", int(rng.integers(10))), SHOWN[len(names) - 1].format(**some)
     return _Plan("image_caption", (), lambda numbers: (text, answer))
 
 

@@ -1,7 +1,6 @@
 """Answers in plain English, which say of a region only what the region itself shows. Each sentence stands alone."""
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -51,24 +50,22 @@ def describe(
     rng: np.random.Generator,
     view: View,
     each: ViewObject,
-    colours: Mapping[int, str],
     brief: bool = False,
     word: str = "",
 ) -> str:
-    """Describes one object: class or a wider word, colour where known, size and place in one of two sentences.
+    """Describes one object: class or a wider word, size and place in one of two sentences.
 
     Args:
         rng: Picks the wording.
         view: What is seen.
         each: Its object to describe.
-        colours: As :func:`regiongpt.data.facts.colours_of` gives.
         brief: One phrase instead of one or two sentences.
         word: What to call it instead of its class.
     """
     size = size_name(each.box, view.width, view.height)
     place = place_words(rng, view, each)
     adjective = size if each.category != "person" and rng.random() < (0.25 if brief else 0.5) else ""
-    a = with_article(noun(word or each.category, adjective, colours.get(each.id, "")))
+    a = with_article(noun(word or each.category, adjective))
     opening = pick(rng, [t for t in (BRIEF if brief else OPENINGS) if place or "{place}" not in t])
     text = opening.format(a=a, A=a[0].upper() + a[1:], place=place)
     if brief:

@@ -511,6 +511,11 @@ OVERLAP = (
 )
 YES = ("Yes.", "Yes.", "Yes, there is {some} in {frame}.", "Yes, I can see {some}.")
 NO = ("No.", "No.", "No, there is no {none} in {frame}.", "No, I can't see any {nones}.")
+SHOWN = (
+    "There is {some}.",
+    "There is {some} and {second_thing}.",
+    "There is {some}, {second_thing} and {third_thing}.",
+)
 UNKNOWN = "I can't tell."
 """The answer to what cannot be known from an image, or by this model."""
 
@@ -560,6 +565,7 @@ _SLOTS = dict.fromkeys(("a", "A"), _A)
 _SLOTS |= dict.fromkeys(("first", "second", "none"), _N) | dict.fromkeys(("boths", "nones"), _NS)
 _SLOTS |= {"how": _any(_HOW), "frame": _any(FRAMES), "some": rf"an? {_N}", "colour": _any(COLOURS)}
 _SLOTS |= {"n": _any([*_SINGULAR, *COCO_80]), "place": rf"{_any(PLACES)}(?: of {_any(FRAMES)})?"}
+_SLOTS |= dict.fromkeys(("second_thing", "third_thing"), _SLOTS["some"])
 _SLOTS |= {"i": r"[1-9]\d*", "j": r"[1-9]\d*", "overlap": "overlap"}
 
 
@@ -574,6 +580,7 @@ def _grammar(task: str) -> list[tuple[re.Pattern[str], tuple[Claim, ...]]]:
         "relation": [(each, ()) for each in (*APART, *ALIKE, *OVERLAP)],
         "presence": [(each, ()) for each in (*YES, *NO) if "{" in each]
         + [(f"{word.capitalize()}.", (Claim("presence", word, region=0),)) for word in ("yes", "no")],
+        "image_caption": [(each, ()) for each in SHOWN],
         "where": [(PLACED, ())],
         "size": sized,
         "colour": [(COLOURED, ())],
@@ -593,7 +600,7 @@ def read(task: str, text: str) -> tuple[list[Claim], list[str]]:
 
     Args:
         task: ``describe`` (of brief ones too), ``classify`` (with or without the closed set), ``relation``,
-            ``presence``, or a key of :data:`COMMON`.
+            ``presence``, ``image_caption``, or a key of :data:`COMMON`.
         text: The answer.
     """
     claims: dict[Claim, None] = {}
@@ -625,8 +632,8 @@ def _meant(found: Mapping[str, str]) -> Iterator[Claim]:
             yield Claim("colour", words)
         elif slot in ("how", "overlap"):
             yield Claim("relation", _HOW.get(words, "overlapping"), region=i, to=j)
-        elif slot in ("none", "nones", "some"):
-            yield Claim("presence", "yes" if slot == "some" else "no", _named(words), region=0)
+        elif slot in ("none", "nones", "some", "second_thing", "third_thing"):
+            yield Claim("presence", "no" if slot.startswith("none") else "yes", _named(words), region=0)
 
 
 def _named(words: str) -> str:

@@ -36,8 +36,15 @@ from regiongpt.regions import Region
 KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presence")
 RELATED: Final = 3
 """Most pairs of regions per image, and most regions that the questions of :data:`COMMON` are about."""
-_GRAMMARS: Final = {"ask": "classify", "brief": "describe"}
-_ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48}  # others: 32 tokens
+_GRAMMARS: Final = {"ask": "classify", "brief": "describe", "image": "image_caption"}
+_ROOM: Final = {
+    "classify": 16,
+    "ask": 64,
+    "describe": 64,
+    "brief": 40,
+    "relation": 48,
+    "image": 48,
+}  # others: 32 tokens
 _SHOWN: Final = 8  # values of a kind, and sentences that were not read
 
 
@@ -108,6 +115,7 @@ class Facts(AnnotatedTask):
             for kind in ("where", "size", "colour", "check"):
                 text = COMMON[kind][0].format(r="<region1>", a=with_article(noun(name)))
                 yield item(kind, str(each.id), text, [each], **({"asked": name} if kind == "check" else {}))
+        yield item("image", "0", question("image_caption", 0), [])
         for name in names[:1]:
             yield item("count", name, COMMON["count"][0].format(ns=plural(name)), [])
         for k in rng.permutation(len(OFF_TOPIC["asked"]))[:2].tolist():
