@@ -231,6 +231,7 @@ def judged_view() -> tuple[View, dict[int, str]]:
         ("colour", "It is brown.", [True]),
         ("where", "It is on the right.", [False]),
         ("size", "It fills much of the image.", [False]),
+        ("image_caption", "There is a cup, a dog and a pair of skis.", [True, True, False]),
         ("presence", "No.", [False]),
         ("presence", "Yes, I can see a dog.", [True]),
         ("presence", "Yes, there is a cat in the photo.", [False]),
@@ -293,7 +294,7 @@ def test_every_object_some_pairs_and_as_many_classes_as_are_not_there_are_asked_
     asked = Counter(item.groups["question"] for item in items)
     assert asked == dict.fromkeys(
         ("describe", "brief", "classify", "ask", "relation", "compare", "where", "size", "colour", "check", "other"), 2
-    ) | {"presence": 4, "count": 1}
+    ) | {"presence": 4, "count": 1, "image": 1}
     assert [item.truth for item in items if item.groups["question"] == "presence"][:2] == ["cup", "dog"]
 
 
