@@ -27,13 +27,13 @@ from regiongpt.prompts import question
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A photograph, its regions, and what is asked of them; the N-th of ``captions`` is answered beside region N."""
+    """A photograph, its regions, and what is asked of them; each region is also described in a phrase."""
 
     name: str
     regions: tuple[Region, ...]
-    captions: tuple[str, ...]
     questions: tuple[str, ...]
     locate: str | None = None
+    limits: str = ""
 
 
 def name_it(number: int) -> str:
@@ -45,31 +45,24 @@ CAT = [
     *([30, 70], [70, 0], [230, 0], [345, 25], [385, 0], [395, 0], [362, 60], [352, 130], [335, 190], [320, 235]),
     *([310, 262], [300, 300], [40, 300], [15, 215], [10, 140]),
 ]
+CUP = Region.box(172, 16, 404, 308)
+SPOON = Region.polygon([[327, 262], [380, 205], [402, 66], [424, 72], [390, 240], [405, 270], [372, 325], [332, 308]])
 SCENES = (
     Scene(
         name="chelsea",
         regions=(Region.polygon(CAT),),
-        captions=(name_it(1),),
-        questions=(question("describe", regions=[1]), question("presence", category="dog")),
+        questions=(question("describe", regions=[1]), "Is <region1> a dog?", question("presence", category="dog")),
     ),
     Scene(
         name="coffee",
-        regions=(
-            Region.box(172, 16, 404, 308),
-            Region.polygon(
-                [[327, 262], [380, 205], [402, 66], [424, 72], [390, 240], [405, 270], [372, 325], [332, 308]]
-            ),
-            Region.box(0, 0, 600, 400),
-        ),
-        captions=(name_it(1), name_it(2), name_it(3)),
-        questions=(question("relation", regions=[1, 2]),),
+        regions=(CUP, SPOON),
+        questions=(name_it(1), "Where is <region2>?", "Is <region1> bigger than <region2>?"),
         locate="the cup",
     ),
     Scene(
         name="astronaut",
         regions=(Region.box(20, 15, 365, 512),),
-        captions=(name_it(1),),
-        questions=(question("describe", regions=[1]), question("image_caption")),
+        questions=(question("describe", regions=[1]), "How big is <region1>?", question("image_caption")),
     ),
     Scene(
         name="motorcycle_left",
@@ -78,9 +71,14 @@ SCENES = (
             Region.box(50, 105, 290, 305),
             Region.scribble([[5, 190], [35, 200], [50, 165], [20, 150]], width=40),
         ),
-        captions=(name_it(1), name_it(2), name_it(3)),
-        questions=(question("relation", regions=[1, 2]),),
+        questions=(question("relation", regions=[3, 1]), "Is <region1> a bicycle?"),
         locate="the motorcycle",
+    ),
+    Scene(
+        name="coffee",
+        regions=(SPOON,),
+        questions=(name_it(1), "What colour is <region1>?", "How many spoons are there?"),
+        limits="Limits: [1] is a spoon. A choice among 80 names can be wrong; colours and numbers are not known.",
     ),
 )
 
@@ -142,14 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{path.name}")
 
         def ask(text: str, regions: Sequence[Region] = scene.regions) -> str:
-            answer = predictor.ask(text, regions).text
+            answer = predictor.ask(text, regions, detail="careful").text
             print(f"  Q: {text}\n  A: {answer}")
             return answer
 
-        captions = [ask(text) for text in scene.captions]
-        dialogue = [(text, ask(text)) for text in scene.questions]
+        captions = [ask(question("caption", regions=[k])) for k in range(1, len(scene.regions) + 1)]
+        dialogue = [(scene.limits, "")] if scene.limits else []
+        dialogue += [(text, ask(text)) for text in scene.questions]
         if scene.locate:
-            found = predictor.locate(scene.locate, scene.regions)
+            found = predictor.locate(scene.locate, scene.regions, detail="careful")
             asked, answer = f'Which one is "{scene.locate}"?', f"{found.text} ({found.probability:.0%} sure)"
             print(f"  Q: {asked}\n  A: {answer}")
             dialogue.append((asked, answer))
