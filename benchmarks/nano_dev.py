@@ -34,7 +34,7 @@ from regiongpt.errors import ConfigError, RegionGPTError
 from regiongpt.images import load_image
 from regiongpt.inference.choices import locate_expressions
 from regiongpt.inference.engine import Engine, Prompt, Scene, pick_device, pick_dtype
-from regiongpt.inference.options import By, Options
+from regiongpt.inference.options import By, Detail, Options
 from regiongpt.model import weights
 from regiongpt.prompts import COCO_80, NO_MATCH, question, region_answer
 from regiongpt.storage import finite, write_json
@@ -117,7 +117,7 @@ def described_boxes(boxes: int, limit: int | None, seed: int) -> list[int]:
 
 
 def prepare(
-    engine: Engine, images: Sequence[ImageAnnotations], questions: dict[str, list[DevQuestion]]
+    engine: Engine, images: Sequence[ImageAnnotations], questions: dict[str, list[DevQuestion]], detail: Detail
 ) -> dict[str, list[Ready]]:
     """Run the tower once for each image and pool the regions of all its questions."""
     of_image: dict[int, list[tuple[str, int, DevQuestion]]] = {image.image_id: [] for image in images}
@@ -130,7 +130,7 @@ def prepare(
     for image in images:
         scene = engine.encode_image(load_image(image.path))
         regions = [region for *_, each in of_image[image.image_id] for region in each.regions]
-        pooled = engine.pool(scene, regions)
+        pooled = engine.pool(scene, regions, detail)
         scene = replace(scene, map_1Chw=torch.empty(0))
         for task, place, each in of_image[image.image_id]:
             key = (each.text, len(each.regions))
@@ -285,6 +285,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--describe-limit", type=int, metavar="N", help="describe only N boxes, chosen by the seed")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and of the bootstrap (default: 0)")
     parser.add_argument("--batch", type=int, default=64, help="questions at a time (default: 64)")
+    parser.add_argument(
+        "--detail", choices=get_args(Detail), default="fast", help="careful: also each region's own crop"
+    )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -322,7 +325,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model, processor = weights.load(options.model, device=device, dtype=pick_dtype(options.dtype, device))
     engine = Engine(model, processor, rows=options.batch)
     questions = build_questions(images, options.tasks, options.seed, options.describe_limit)
-    ready = prepare(engine, images, questions)
+    ready = prepare(engine, images, questions, options.detail)
     seconds = {"load_and_encode": time.monotonic() - began}
     rows: dict[str, list[Answered]] = {}
     for task in options.tasks:

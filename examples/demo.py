@@ -51,18 +51,17 @@ SCENES = (
     Scene(
         name="chelsea",
         regions=(Region.polygon(CAT),),
-        questions=(question("describe", regions=[1]), "Is <region1> a dog?", question("presence", category="dog")),
+        questions=(question("describe", regions=[1]), "Is <region1> a dog?", question("presence", category="cat")),
     ),
     Scene(
         name="coffee",
         regions=(CUP, SPOON),
         questions=(name_it(1), "Where is <region2>?", "Is <region1> bigger than <region2>?"),
-        locate="the cup",
     ),
     Scene(
         name="astronaut",
         regions=(Region.box(20, 15, 365, 512),),
-        questions=(question("describe", regions=[1]), "How big is <region1>?", question("image_caption")),
+        questions=("Is <region1> a person?", "How big is <region1>?", question("image_caption")),
     ),
     Scene(
         name="motorcycle_left",
@@ -76,9 +75,11 @@ SCENES = (
     ),
     Scene(
         name="coffee",
-        regions=(SPOON,),
-        questions=(name_it(1), "What colour is <region1>?", "How many spoons are there?"),
-        limits="Limits: [1] is a spoon. A choice among 80 names can be wrong; colours and numbers are not known.",
+        regions=(SPOON, CUP),
+        questions=(name_it(1), "What colour is <region1>?", "How many cups are there?"),
+        locate="the cup",
+        limits="LIMITS: [1] is a spoon and [2] a cup. A choice among 80 names can be wrong, an object can be missed, "
+        "and colours and numbers are not known.",
     ),
 )
 

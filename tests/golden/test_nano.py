@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "nano"))
 
 from dataset import EXTRAS
+from naming import Words
 from reading import reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import RECIPE, NanoRecipe
 from steps import conversations_of, debug_size, train
 from test_kept_values import DATA, machine
 
 from regiongpt.data.coco import load_coco, photo_sources
-from regiongpt.data.facts import COLOURS
+from regiongpt.data.facts import COLOURS, OBJECT
 from regiongpt.model import weights
 from regiongpt.train.dataset import DataCollator
 
@@ -84,7 +86,9 @@ def batches() -> dict[str, dict[str, list[str]]]:
     steps = {"language": [read(step) for step in [*range(100), *range(600, 700)]]}
     for name, first in (("align", 0), ("stage2", 400)):
         stage, sampler = getattr(recipe, name), sampler_of(recipe, images)
-        data = conversations_of(recipe, stage, images, store, sampler, processor, model.config.image_grid)
+        spoken = {(i.image_id, o.id): OBJECT for i in images for o in i.objects if o.id % 3 == 0}
+        words = Words(spoken, {}, np.eye(80)) if name == "stage2" else None
+        data = conversations_of(recipe, stage, images, store, sampler, processor, model.config.image_grid, words)
         size = stage.batch_size
         steps[name] = [
             collate([data[k] for k in range(step * size, (step + 1) * size)]) for step in range(first, first + 200)
