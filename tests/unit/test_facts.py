@@ -334,7 +334,7 @@ def test_answers_about_one_region_agree_or_not(facts):
     said = {
         "classify-1-7": "dog", "describe-1-7": "A dog.", "brief-1-7": "A cat.", "ask-1-7": "It is a dog.",
         "classify-1-8": "cup", "describe-1-8": "A piece of tableware.", "ask-1-8": "Cup!", "brief-1-8": "An object.",
-        "presence-1-dog": "Yes.", "presence-1-cup": "No.",
+        "presence-1-dog": "Yes.", "presence-1-cup": "No.", "image-1-0": "There is a dog.",
     }  # fmt: skip
     figures = scores(facts, said).data["protocols"]["agreement"]
     shares = {name.split()[0]: (each["value"], each["of"]) for name, each in figures.items()}

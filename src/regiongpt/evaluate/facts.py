@@ -245,7 +245,7 @@ def _agreement(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
     said: dict[tuple[str, Any, Any], str] = {}
     for each in judged:
         item, claim = items[each.item], each.claim
-        if claim.kind in ("class", "presence") and claim.region < 2:
+        if claim.kind in ("class", "presence") and claim.region < 2 and item.groups["question"] != "image":
             about = item.detail.get("asked") or item.detail["objects"][0]
             said.setdefault((item.groups["question"], item.image_id, about), claim.value)
     pairs: dict[str, list[float | None]] = {"describe": [], "brief": [], "ask": [], "presence": []}
