@@ -387,7 +387,7 @@ def _relate(rng: np.random.Generator, chosen: Sequence[ViewObject], named: bool)
         how = relation(a.box, b.box)
         if how is not None:
             wording = int(rng.integers(10))
-            return _worded("relation", wording, (a, b), relate(rng, a, b, how, named))
+            return _worded("relation", wording, (a, b), relate(rng, a, b, how) if named else UNKNOWN)
     return None
 
 

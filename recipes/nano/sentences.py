@@ -1,7 +1,5 @@
 """Answers in plain English, which say of a region only what the region itself shows. Each sentence stands alone."""
 
-import re
-
 import numpy as np
 
 from regiongpt.data.coco import Box
@@ -75,14 +73,12 @@ def describe(
     return text if adjective else f"{text} {SIZED[size]}"
 
 
-def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str, named: bool = True) -> str:
-    """How ``a`` lies to ``b``, with their classes or without; ``{i}`` and ``{j}`` stand for the numbers of regions."""
+def relate(rng: np.random.Generator, a: ViewObject, b: ViewObject, how: str) -> str:
+    """How object ``a`` lies to object ``b``; ``{i}`` and ``{j}`` stand for the numbers of their regions."""
     if how in ("overlapping", "inside", "around"):
         wordings = [each for each in OVERLAP if a.category != b.category or "{i}" in each]
     else:
         wordings = list(ALIKE if a.category == b.category else APART)
-    if not named:
-        wordings = [each for each in wordings if not re.search("{(first|second|boths)}|^It", each)]
     return pick(rng, wordings).format(
         first=noun(a.category),
         second=noun(b.category),
