@@ -70,16 +70,16 @@ SCENES = (
             Region.box(50, 105, 290, 305),
             Region.scribble([[5, 190], [35, 200], [50, 165], [20, 150]], width=40),
         ),
-        questions=(question("relation", regions=[3, 1]), "Is <region1> a bicycle?"),
+        questions=("Is <region2> bigger than <region1>?", "Where is <region3>?", "Is <region1> a bicycle?"),
         locate="the motorcycle",
     ),
     Scene(
         name="coffee",
         regions=(SPOON, CUP),
-        questions=(name_it(1), "What colour is <region1>?", "How many cups are there?"),
+        questions=(name_it(1), "What colour is <region1>?", question("relation", regions=[1, 2])),
         locate="the cup",
         limits="LIMITS: [1] is a spoon and [2] a cup. A choice among 80 names can be wrong, an object can be missed, "
-        "and colours and numbers are not known.",
+        "and colours, numbers and relations are not known.",
     ),
 )
 

@@ -578,7 +578,7 @@ def _grammar(task: str) -> list[tuple[re.Pattern[str], tuple[Claim, ...]]]:
         "describe": described,
         "classify": [("{n}", ()), (CALLED, ()), (UNNAMED, ()), *described],
         "relation": [(each, ()) for each in (*APART, *ALIKE, *OVERLAP)],
-        "presence": [(each, ()) for each in (*YES, *NO) if "{" in each]
+        "presence": [(each, ()) for each in (*YES, *NO, *SHOWN) if "{" in each]
         + [(f"{word.capitalize()}.", (Claim("presence", word, region=0),)) for word in ("yes", "no")],
         "image_caption": [(each, ()) for each in SHOWN],
         "where": [(PLACED, ())],

@@ -213,7 +213,8 @@ def _declined(items: Sequence[Item], texts: Sequence[str | None]) -> Scored:
     scores: dict[str, list[float | None]] = {"answerable": [], "unanswerable": []}
     for item, text in zip(items, texts, strict=True):
         kind = "unanswerable" if item.groups["question"] in ("count", "other") else "answerable"
-        known = text is not None and item.groups["question"] != "colour"  # of which many have no clear one
+        # Many objects have no clear colour, and nano has learned neither those nor relations.
+        known = text is not None and item.groups["question"] not in ("colour", "relation")
         for name, found in scores.items():
             found.append(float(text == UNKNOWN) if known and name == kind else None)
     return _means(items, scores)
