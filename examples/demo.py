@@ -78,8 +78,8 @@ SCENES = (
         regions=(SPOON, CUP),
         questions=(name_it(1), "What colour is <region1>?", question("relation", regions=[1, 2])),
         locate="the cup",
-        limits="LIMITS: [1] is a spoon and [2] a cup. A choice among 80 names or several regions can be wrong; colours, "
-        "numbers and relations are not known.",
+        limits="LIMITS: [1] is a spoon and [2] a cup. A choice among 80 names or several regions can be wrong; "
+        "colours, numbers and relations are not known.",
     ),
 )
 
