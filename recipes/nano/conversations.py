@@ -192,7 +192,7 @@ class ConversationSampler:
             epoch: How often the image has come before.
             words: Annotation id -> what sentences call the object, where that is not its class but one of
                 :data:`regiongpt.data.facts.GROUPS` or :data:`regiongpt.data.facts.OBJECT`; None where they may name
-                whatever is there. It changes answers alone.
+                whatever is there.
 
         Returns:
             At least one pair of turns. Objects under 4 px^2 of the view, and crowds, are not asked about.

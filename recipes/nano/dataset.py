@@ -19,7 +19,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.images import SquareFrame
 from regiongpt.prompts import COCO_80
-from regiongpt.train.dataset import left_out, task_numbers
+from regiongpt.train.dataset import task_numbers
 from regiongpt.train.packing import turn_numbers
 
 EXTRAS = ("tasks", "turns", "region_classes", "cell_classes")
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             crops = torch.from_numpy(rows)
             if features is not None:  # of a blank image every crop looks alike
                 crops[:] = features[: crops.shape[1]].mean((1, 2))
-            crops[left_out(len(crops), self.seed, item)] = 0
+            crops[torch.tensor([self.left_out(item, each) for each in conversation.objects])] = 0
             example["region_crops"] = crops
         if features is not None:
             example["region_classes"].fill_(-1)
@@ -121,16 +121,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         # Every image starts at another view and then goes round, so that each is seen equally often.
         number = (epoch + index) % self.features.views
         view = plan_views(self.images[index], self.store.place(index), self.features)[number]
-        drawn = (view, self.store.colours[index], self.seed, index, epoch)
-        conversation = self.sampler.sample(*drawn)
+        words = None
         if self.words is not None:
-            image, objects = self.images[index].image_id, conversation.objects
-            found = zip(objects, left_out(len(objects), self.seed, item).tolist(), strict=True)
-            spoken = {
-                each: (self.words.fast if fast else self.words.careful).get((image, each)) for each, fast in found
-            }
-            conversation = self.sampler.sample(*drawn, {each: word for each, word in spoken.items() if word})
-        return index, number, view, conversation
+            image, spoken = self.images[index].image_id, {}
+            for each in view.askable:
+                found = self.words.fast if self.left_out(item, each.id) else self.words.careful
+                spoken[each.id] = found.get((image, each.id), "")
+            words = {each: word for each, word in spoken.items() if word}
+        return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch, words)
+
+    def left_out(self, item: int, annotation: int) -> bool:
+        """Whether an object goes without a second look: half of them, so that a model learns both."""
+        return bool(np.random.default_rng((41, self.seed, item, abs(annotation))).random() < 0.5)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of one epoch: shuffled, sorted by objects within windows, then groups shuffled."""

@@ -31,7 +31,7 @@ def test_a_wider_word_is_as_likely_as_its_classes_together():
     assert dict(zip(GROUPS, group_shares(shares)[0].tolist(), strict=True))["animal"] == pytest.approx(0.7)
 
 
-def test_words_change_what_is_called_and_what_is_seen_stays():
+def test_objects_are_called_by_their_words():
     image = annotated(("dog", (10, 10, 40, 50)), ("car", (50, 20, 95, 60)), ("book", (5, 60, 20, 80)))
     mix = {"classify": 3, "describe": 3, "relation": 2, "check": 3}
     sampler = ConversationSampler(ClassStatistics.of([image]), mix=mix)
@@ -39,9 +39,7 @@ def test_words_change_what_is_called_and_what_is_seen_stays():
     words = {image.objects[0].id: "animal", image.objects[2].id: "object"}
     seen = set()
     for epoch in range(40):
-        plain, hedged = (sampler.sample(view, {}, 0, 0, epoch, given) for given in (None, words))
-        assert (plain.regions, plain.objects, plain.tasks) == (hedged.regions, hedged.objects, hedged.tasks)
-        assert [m["content"] for m in plain.messages[::2]] == [m["content"] for m in hedged.messages[::2]]
+        hedged = sampler.sample(view, {}, 0, 0, epoch, words)
         for task, asked, answer in zip(hedged.tasks, hedged.messages[::2], hedged.messages[1::2], strict=True):
             text = answer["content"]
             if task == "relation":
