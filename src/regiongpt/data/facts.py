@@ -573,7 +573,7 @@ _SLOTS |= {"i": r"[1-9]\d*", "j": r"[1-9]\d*", "overlap": "overlap"}
 def _grammar(task: str) -> list[tuple[re.Pattern[str], tuple[Claim, ...]]]:
     """Patterns of a task's sentences, each with the claims that stand in no slot."""
     sized: list[tuple[str, tuple[Claim, ...]]] = [(each, (Claim("size", size),)) for size, each in SIZED.items()]
-    described = [*((each, ()) for each in (*OPENINGS, PLACED)), *sized]
+    described = [*((each, ()) for each in (*OPENINGS, "There is {a}.", PLACED)), *sized]
     tables: dict[str, list[tuple[str, tuple[Claim, ...]]]] = {
         "describe": described,
         "classify": [("{n}", ()), (CALLED, ()), (UNNAMED, ()), *described],
