@@ -392,7 +392,7 @@ def holds(
     assert each is not None
     if claim.kind == "class":
         if claim.value == "another":
-            return each.category != name
+            return each.category != name if name else None
         return each.category in GROUPS.get(claim.value, (claim.value,))
     if claim.kind == "colour":
         known = colours.get(each.id)
