@@ -98,9 +98,11 @@ def test_real_photographs_are_captioned_by_facts_and_by_the_shipped_model(
         assert "87.14" in shown
         rows = captions(out)
         assert len(rows) == len(source["annotations"])
-        assert all(row["global_caption"] and row["caption"] and row["kept"] for row in rows)
+        assert all(row["global_caption"] and row["caption"] for row in rows)
+        kept = [row for row in rows if row["kept"]]
+        assert kept == rows or out.name == "nano"
         records = list(RecordSet(out / "records"))
-        assert sum(len(record.regions) for record in records) == len(rows)
+        assert sum(len(record.regions) for record in records) == len(kept)
         page = (out / "index.html").read_text()
         assert all(mode in page for mode in ("crop", "context", "full"))
     assert all(row["names_class"] for row in captions(tmp_path / "facts"))

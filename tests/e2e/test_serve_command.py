@@ -69,7 +69,6 @@ def test_what_runs_is_finished_and_what_comes_is_refused(checkpoint: Path, how: 
         (["--tensor-parallel", "2"], "--engine vllm"),
         (["--api-keys", "missing"], "missing"),
         (["--model", "missing"], "missing"),
-        (["--detail", "careful", "--port", "0"], "region_crop"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], wrong: str, capsys, tmp_path, monkeypatch) -> None:

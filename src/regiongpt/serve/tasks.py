@@ -151,7 +151,7 @@ class Tasks:
         self._limit("max_regions", len(regions), "regions", "regions")
         picture, processor = self.pictures.find(image, client), self.engine.processor
         width, height = picture.width, picture.height
-        masks, weights, boxes = 0, [torch.empty((0, *processor.refined_grid))], list[Region]()
+        masks, weights, boxes = 0, [processor.region_inputs([], width, height)], list[Region]()
         for number, value in enumerate(regions, 1):
             name = f"<region{number}>"
             coded = value.get("mask", value.get("rle")) if isinstance(value, dict) else None
