@@ -19,7 +19,7 @@ from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View
 from regiongpt.images import SquareFrame
 from regiongpt.prompts import COCO_80
-from regiongpt.train.dataset import task_numbers
+from regiongpt.train.dataset import left_out, task_numbers
 from regiongpt.train.packing import turn_numbers
 
 EXTRAS = ("tasks", "turns", "region_classes", "cell_classes")
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             crops = torch.from_numpy(rows)
             if features is not None:  # of a blank image every crop looks alike
                 crops[:] = features[: crops.shape[1]].mean((1, 2))
-            crops[torch.tensor([self.left_out(item, each) for each in conversation.objects])] = 0
+            crops[torch.tensor([self.without_crop(item, each) for each in conversation.objects])] = 0
             example["region_crops"] = crops
         if features is not None:
             example["region_classes"].fill_(-1)
@@ -123,16 +123,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         view = plan_views(self.images[index], self.store.place(index), self.features)[number]
         words = None
         if self.words is not None:
-            image, spoken = self.images[index].image_id, {}
+            words = {}
             for each in view.askable:
-                found = self.words.fast if self.left_out(item, each.id) else self.words.careful
-                spoken[each.id] = found.get((image, each.id), "")
-            words = {each: word for each, word in spoken.items() if word}
+                spoken = self.words.fast if self.without_crop(item, each.id) else self.words.careful
+                if word := spoken.get((self.images[index].image_id, each.id)):
+                    words[each.id] = word
         return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch, words)
 
-    def left_out(self, item: int, annotation: int) -> bool:
-        """Whether an object goes without a second look: half of them, so that a model learns both."""
-        return bool(np.random.default_rng((41, self.seed, item, abs(annotation))).random() < 0.5)
+    def without_crop(self, item: int, annotation: int) -> bool:
+        """Whether an object goes without a second look."""
+        return bool(left_out(1, self.seed, item, abs(annotation)))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of one epoch: shuffled, sorted by objects within windows, then groups shuffled."""

@@ -37,14 +37,8 @@ KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presen
 RELATED: Final = 3
 """Most pairs of regions per image, and most regions that the questions of :data:`COMMON` are about."""
 _GRAMMARS: Final = {"ask": "classify", "brief": "describe", "image": "image_caption"}
-_ROOM: Final = {
-    "classify": 16,
-    "ask": 64,
-    "describe": 64,
-    "brief": 40,
-    "relation": 48,
-    "image": 48,
-}  # others: 32 tokens
+# Tokens of an answer; 32 of any other.
+_ROOM: Final = {"classify": 16, "ask": 64, "describe": 64, "brief": 40, "relation": 48, "image": 48}
 _SHOWN: Final = 8  # values of a kind, and sentences that were not read
 
 
@@ -223,12 +217,14 @@ def _declined(items: Sequence[Item], texts: Sequence[str | None]) -> Scored:
 def _named(items: Sequence[Item], judged: Sequence[Judged]) -> Scored:
     """The share of descriptions that name a class, and of those that say a wider word for it."""
     said = {each.item: each.claim.value in GROUPS for each in judged if each.claim.kind == "class"}
-    described = [k if item.groups["question"] == "describe" else None for k, item in enumerate(items)]
-    scores: dict[str, list[float | None]] = {
-        name: [None if k is None else float(said.get(k) is wide) for k in described]
-        for name, wide in (("class", False), ("wider word", True))
-    }
-    return _means(items, scores)
+    described = [item.groups["question"] == "describe" for item in items]
+    return _means(
+        items,
+        {
+            name: [float(said.get(k) is wide) if asked else None for k, asked in enumerate(described)]
+            for name, wide in (("class", False), ("wider word", True))
+        },
+    )
 
 
 def _means(items: Sequence[Item], scores: Mapping[str, Sequence[float | None]]) -> Scored:
