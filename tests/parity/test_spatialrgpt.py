@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -37,7 +38,7 @@ from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.inference.choices import closed_set
 from regiongpt.inference.engine import question_turns
 from regiongpt.inference.shared_prefix import LeanDecoder
-from regiongpt.model import spatialrgpt, weights
+from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, spatialrgpt, weights
 from regiongpt.model.spatialrgpt import TERMS, import_spatialrgpt
 from regiongpt.prompts import question
 
@@ -369,6 +370,30 @@ def test_lower_precision_answers_alike(ours: Path, photo: Image.Image, kind: str
     chosen = [[each.label for each in predictor.classify(regions)] for predictor in (whole, small)]
     assert chosen[0] == chosen[1]
     assert all(answer.tokens for answer in small.describe(regions, max_new_tokens=3))
+
+
+@pytest.mark.parametrize(("dtype", "large", "small"), [("float32", 34, 46), ("bfloat16", 17, 23), ("int8", 10, 34)])
+def test_the_memory_is_what_the_documents_say(dtype: str, large: int, small: int) -> None:
+    """In GB that of the 8B, of shapes alone, and in MB nano's."""
+    llama = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128261)
+    tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    siglip = SiglipVisionConfig(**tower, image_size=384, patch_size=14)
+    how = {"image_size": 384, "image_grid": [27, 27], "image_connector": "downsample", "region_connector": "linear"}
+    config = RegionGPTConfig(vision_config=siglip, text_config=llama, image_token_id=1, region_token_id=2, **how)
+    with torch.device("meta"):
+        model = RegionGPTForConditionalGeneration(config)
+    every, inside = (
+        sum(each.numel() for each in part.parameters()) for part in (model, model.language_model.model.layers)
+    )
+    norms = sum(each.numel() for each in model.language_model.model.layers.parameters() if each.dim() == 1)
+    assert round(every / 1e9, 1) == 8.5
+    assert round((inside - norms) / 1e9, 1) == 7.0
+    size = {"float32": 4 * every, "bfloat16": 2 * every, "int8": 2 * every - (inside - norms)}[dtype]
+    assert round(size / 1e9) == large
+    nano = RegionPredictor.from_pretrained(device="cpu", dtype=dtype).engine.model
+    assert round(sum(each.nbytes for each in [*nano.parameters(), *nano.buffers()]) / 1e6) == small
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    assert f"| {dtype} | {large} GB | {small} MB |" in page
 
 
 # ---------------------------------------------------------------------------------------------------------------------
