@@ -108,9 +108,9 @@ class Int8Linear(nn.Module):
 
 
 _FEW = 64
-"""Rows up to which the CPU's kernel for int8 is quicker than making floats again, in decoding 20 times.
+"""Rows up to which the CPU's kernel for int8 is quicker than making floats again: 20 times for one row.
 
-It reads out of bounds unless inputs are a multiple of 16.
+The kernel reads out of bounds unless inputs are a multiple of 16.
 """
 
 
