@@ -110,7 +110,7 @@ class Int8Linear(nn.Module):
 _FEW = 64
 """Rows up to which the CPU's kernel for int8 is quicker than making floats again: 20 times for one row.
 
-The kernel reads out of bounds unless inputs are a multiple of 16.
+The kernel takes inputs in multiples of 16.
 """
 
 
