@@ -1,7 +1,4 @@
-"""Visual Genome: short captions of regions, as one dialogue an image; names of objects and relations where wanted.
-
-Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue)
-"""
+"""Visual Genome: captions of up to 10 boxes as one dialogue an image; object names and relations. Paper: §3.2."""
 
 import json
 from collections.abc import Iterator, Sequence

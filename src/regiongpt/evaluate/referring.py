@@ -1,7 +1,4 @@
-"""Words for regions: the choice by an expression among proposals, and short captions scored against human ones.
-
-Paper: §4.2, §4.3, Tables 4 and 5
-"""
+"""Words for regions: expressions to choose a proposal by, and captions. Paper: §4.2, §4.3, Tables 4 and 5."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
