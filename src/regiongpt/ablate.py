@@ -272,8 +272,7 @@ class Study:
         return text + f"\nwritten to {self.out / 'table.md'} and {self.out / RESULT}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Side by side
+# -- Side by side ------------------------------------------------------------------------------------------------------
 
 Measured = Mapping[str, Mapping[str, Sampled]]  # by protocol and result
 

@@ -104,8 +104,7 @@ def _top() -> argparse.ArgumentParser:
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ask, describe, classify, locate, chat
+# -- ask, describe, classify, locate, chat -----------------------------------------------------------------------------
 
 # What stands behind the images, by its name and as messages call it; the options.
 _ABOUT_IMAGES: dict[str, tuple[str, str, type[Settings]]] = {
@@ -228,8 +227,7 @@ def _region_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--normalized", action="store_true", help=text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the other verbs
+# -- the other verbs ---------------------------------------------------------------------------------------------------
 
 
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:

@@ -96,10 +96,7 @@ def chat_template(family: str) -> str:
 def placeholders(text: str) -> list[int]:
     """Numbers of the ``<regionN>`` placeholders in ``text``, from 1, in order of appearance, repeats included.
 
-    Raises:
-        RegionError: something begins like a placeholder and is none: ``<region>``, ``<region0>``, ``<region1``.
-
-    Paper: §3.2
+    RegionError for what begins like a placeholder and is none: ``<region>``, ``<region0>``, ``<region1``. Paper: §3.2
     """
     return [placeholder_number(match) for match in PLACEHOLDER.finditer(text)]
 
@@ -117,22 +114,15 @@ def replace_placeholders(text: str, replacement: Callable[[int], str]) -> str:
 
 
 def check_placeholders(texts: str | Iterable[str], n_regions: int) -> list[str]:
-    """Compare the placeholders of a text, or of the texts of a conversation, with the number of regions given.
+    """Warnings, one for each of ``n_regions`` regions that neither the text nor any of the texts mentions.
 
-    Returns:
-        Warnings, one for each region that no turn mentions.
-
-    Raises:
-        RegionError: a placeholder is malformed or stands for a region that was not given.
+    RegionError where a placeholder is malformed or stands for a region that was not given.
     """
     mentioned = {number for text in ([texts] if isinstance(texts, str) else texts) for number in placeholders(text)}
     for number in sorted(mentioned):
         if number > n_regions:
             given = {0: "no region was", 1: "1 region was"}.get(n_regions, f"{n_regions} regions were")
-            raise RegionError(
-                f"<region{number}> stands for region {number}, but {given} given; "
-                f"give region {number} too, or leave <region{number}> out of the text"
-            )
+            raise RegionError(f"<region{number}> stands for region {number}, but {given} given; give it, or drop it")
     return [
         f"region {number} was given but <region{number}> is never mentioned, so it has no influence on the answer"
         for number in range(1, n_regions + 1)

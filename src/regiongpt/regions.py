@@ -199,8 +199,7 @@ class Region(ABC):
     def check(self, width: int, height: int, name: str = "region") -> "Region":
         """Return the region if it makes sense in an image, as one partly outside does; messages call it ``name``.
 
-        Raises:
-            RegionError: It is empty, inverted, not finite, wholly outside, of another size, or looks normalized.
+        RegionError where it is empty, inverted, not finite, wholly outside, of another size, or looks normalized.
         """
         self._resolve(width, height, name, checked=True)
         return self
@@ -263,10 +262,10 @@ class Region(ABC):
         with _called(name):
             numbers = self._coordinates() if checked and max(width, height) > 1 else ()
             if len(numbers) and min(numbers) >= 0 and 0 < max(numbers) <= 1:
-                raise RegionError(
-                    f"region: {self} lies within 0..1 and looks normalized; give --normalized (in Python "
-                    "normalized=True, or False if these are pixels) or multiply by the image's width and height"
+                how = (
+                    "give --normalized (in Python normalized=True, or False if these are pixels) or multiply by W and H"
                 )
+                raise RegionError(f"region: {self} lies within 0..1 and looks normalized; {how}")
             shape = self._shape(width, height)
             if not shape.area >= MIN_AREA:
                 raise RegionError(f"region: {self} covers nothing of the image of {width} x {height} pixels (W x H)")

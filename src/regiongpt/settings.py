@@ -44,8 +44,7 @@ class Settings(BaseModel, metaclass=_OwnErrors):
     def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
         """Read a TOML file, with those that its ``extends`` names, and apply overrides such as ``--stage2.lr 5e-4``.
 
-        Raises:
-            ConfigError: The file is no TOML; a key is unknown (names the nearest one); a value cannot be used.
+        ConfigError where the file is no TOML, a key is unknown (names the nearest one), or a value cannot be used.
         """
         return cls(**override(read_toml(Path(path)) if path else {}, overrides))
 

@@ -17,10 +17,9 @@ from regiongpt.annotate.plan import WORDING, Ask, Work, works
 from regiongpt.data.records import Record, Turn, region_of_row, region_row
 from regiongpt.data.shards import Rejects, read_records, schema, write_llava, write_records, write_webdataset
 from regiongpt.data.sources import AnnotatedImages
-from regiongpt.drawing import draw_regions
+from regiongpt.drawing import draw_regions, picture, render, write_page
 from regiongpt.errors import DataError, RegionGPTError
 from regiongpt.images import load_image
-from regiongpt.report import picture, render, write_page
 from regiongpt.storage import Store, locked, new_folder, sha256, write_file, write_json, writing
 
 _FILES: Final = ("captions", "records", "llava.jsonl", "webdataset", "README.md", "index.html", "manifest.json")

@@ -50,8 +50,7 @@ _NO_ID: Final = -(1 << 62)
 _NO_SENSE: Final = "mask that makes no sense"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One annotation
+# -- One annotation ----------------------------------------------------------------------------------------------------
 
 
 class Mask(NamedTuple):
@@ -201,8 +200,7 @@ def read_mask(segmentation: Any) -> Mask:
     return Mask(rings, None, faults)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which image an entry means
+# -- Which image an entry means ----------------------------------------------------------------------------------------
 
 
 def _names(entry: Mapping[str, Any]) -> list[str]:
@@ -239,11 +237,7 @@ class ImageFinder:
         self.by_last_part: list[str] = []  # names found by no more than that
 
     def find(self, entry: Mapping[str, Any]) -> str:
-        """The path below the folder, or the most likely name if no file matches or there is no folder.
-
-        Raises:
-            Fault: The entry has no name, or one that leaves the folder.
-        """
+        """The path below the folder, or the most likely name without a file; Fault for none, or one that leaves it."""
         names = _names(entry)
         if not names:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
@@ -288,8 +282,7 @@ def entry_of(images: Sequence[Mapping[str, Any]], image: str | Path, file: str) 
     return best[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole file
+# -- A whole file ------------------------------------------------------------------------------------------------------
 
 
 class Frame(NamedTuple):
@@ -317,8 +310,6 @@ class InstancesFile:
     """The images, objects and category names of one file; what cannot be used is noted in ``rejects``.
 
     Args:
-        path: The JSON file.
-        rejects: Where faults are noted.
         shapes: What is wanted of each object. Without ``"box"``, an object without a sound mask is left out.
         folder: Folder of the images; None does not look for them.
         check: With a folder, whether images that are missing, or of another size too, are left out.
@@ -332,8 +323,7 @@ class InstancesFile:
         groups: Image, category, box as given (x, y, width, height) and area of each crowd that is left out.
         federated: What LVIS' rules go by, None where not every image and category has it.
 
-    Raises:
-        DataError: The file is missing, not JSON or not of this format.
+    DataError where the file is missing, not JSON or not of this format.
     """
 
     def __init__(
@@ -553,8 +543,7 @@ def _clear_polygons(masks: Sequence[tuple[Mask, tuple[int, int]]]) -> NDArray[np
 def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
     """Captions of usable images with their ids, by image, in the order of their ids.
 
-    Raises:
-        DataError: A file is of another format, or all its captions are of other images.
+    DataError where a file is of another format, or all its captions are of other images.
     """
     captions: dict[int, list[tuple[int, str]]] = {}
     seen: set[int] = set()
@@ -579,8 +568,7 @@ def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> 
     return {image: sorted(found) for image, found in captions.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several files as one list of annotated images
+# -- Several files as one list of annotated images ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -645,8 +633,7 @@ def photo_sources(root: Path, split: str) -> list[CocoSource]:
 def load_coco(sources: Iterable[CocoSource]) -> CocoData:
     """Read the sources into one list: by source, then image id, then annotation id; an image comes from its first.
 
-    Raises:
-        DataError: A file is missing, is not JSON, or is not in COCO's format.
+    DataError where a file is missing, is not JSON, or is not in COCO's format.
     """
     rejects = Rejects()
     images: list[ImageAnnotations] = []

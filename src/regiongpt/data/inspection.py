@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
-from regiongpt.drawing import check_picture, draw_regions, save_picture
+from regiongpt.drawing import aligned, check_picture, draw_regions, save_picture
 from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError, naming
 from regiongpt.images import load_image
 from regiongpt.prompts import PLACEHOLDER
-from regiongpt.report import aligned
 from regiongpt.settings import Settings
 from regiongpt.storage import check_checkpoint, sha256
 
@@ -55,13 +54,9 @@ class Inspection(Settings):
 
 
 def inspect(folder: Path, options: Inspection) -> bool:
-    """Print and write what the options request.
+    """Print and write what the options request; returns whether a check has found a fault.
 
-    Returns:
-        Whether a check has found a fault.
-
-    Raises:
-        RegionGPTError: A file cannot be read or written, or there is no such record.
+    RegionGPTError where a file cannot be read or written, or there is no such record.
     """
     require_data_extra()
     if options.picture is not None:
@@ -121,8 +116,7 @@ def _described(record: Record, index: int) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# -- Statistics --------------------------------------------------------------------------------------------------------
 
 
 Table = list[list[str]]
@@ -175,8 +169,7 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     return [table for table in tables if len(table) > 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a model is taught
+# -- What a model is taught --------------------------------------------------------------------------------------------
 
 
 def load_processor(model: str | Path | None = None) -> "RegionGPTProcessor":
@@ -239,15 +232,13 @@ def marked(shown: Sequence[Run]) -> str:
     return "".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Faults
+# -- Faults ------------------------------------------------------------------------------------------------------------
 
 
 def check(records: RecordSet, processor: "RegionGPTProcessor") -> Iterator[tuple[str, Fault]]:
     """Check every record as training reads it, and every image.
 
-    Yields:
-        The id of a record (its place where it has none, or the file name of a shard) and the first of its faults.
+    Yields the id of a record (its place where it has none, or a shard's file name) and the first of its faults.
     """
     for shard in records.manifest.shards:
         if sha256(records.folder / shard["file"]) != shard["sha256"]:

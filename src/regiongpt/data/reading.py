@@ -29,8 +29,7 @@ TRUNCATED: Final = "truncated json"
 _DECODE = json.JSONDecoder().raw_decode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
+# -- Values ------------------------------------------------------------------------------------------------------------
 
 
 def whole(value: Any) -> int | None:
@@ -53,11 +52,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def clipped_box(box: Sequence[Any], width: int, height: int) -> Corners:
-    """A box (x, y, width, height) as half-open xyxy within its image, all in pixels.
-
-    Raises:
-        Fault: It is not a box, or has no area in the image.
-    """
+    """A box (x, y, width, height) as half-open xyxy within its image, all in pixels; Fault if no area is left."""
     if not all(map(is_number, box)):
         raise Fault("box that is not four numbers", f"expected x, y, width, height as finite pixels, got {short(box)}")
     x, y, w, h = box
@@ -133,8 +128,7 @@ def image_name(name: Any) -> str:
 def check_image(path: str | Path, width: int | None = None, height: int | None = None) -> tuple[int, int]:
     """Width and height in pixels of an image as training loads it, from its header, after EXIF orientation.
 
-    Raises:
-        Fault: It is missing, cannot be read, or is not of the stated width and height.
+    Fault where it is missing, cannot be read, or is not of the stated width and height.
     """
     found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
     if found != (width or found[0], height or found[1]):
@@ -168,8 +162,7 @@ def _measured(path: str) -> tuple[int, int]:
         raise Fault("unreadable image", f"{path}: PIL cannot open it ({reason(error)})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Typed rows
+# -- Typed rows --------------------------------------------------------------------------------------------------------
 
 
 class Row(BaseModel):
@@ -207,8 +200,7 @@ Expression = Annotated[str, BeforeValidator(lambda value: plain_text(value, "exp
 Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "caption"))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# -- Files -------------------------------------------------------------------------------------------------------------
 
 
 class _Json:
@@ -263,9 +255,7 @@ def iter_arrays(path: Path, keys: Sequence[str] | None) -> Iterator[tuple[str, A
     """The elements of several top-level arrays of a JSON file in its order, each with its key.
 
     Without keys, the file is itself an array. Its text is held in memory, but only one decoded element at a time.
-
-    Raises:
-        DataError: The file cannot be read, is not whole JSON, or lacks one of the arrays.
+    DataError where the file cannot be read, is not whole JSON, or lacks one of the arrays.
     """
     wanted = "an array" if keys is None else f"an object with an array {', '.join(map(repr, keys))}"
     lacking = list(keys or ())
@@ -291,8 +281,7 @@ def iter_arrays(path: Path, keys: Sequence[str] | None) -> Iterator[tuple[str, A
 def iter_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file of JSON lines with their line numbers; other lines are rejects, blank ones skipped.
 
-    Raises:
-        DataError: The file cannot be read, or none of its lines is a JSON object.
+    DataError where the file cannot be read, or none of its lines is a JSON object.
     """
     found = number = 0
     try:

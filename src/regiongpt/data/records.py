@@ -42,11 +42,7 @@ class Turn:
     guided: bool = False  # whether the suffix that fixes the format of the answer is added (paper Table 1)
 
     def text(self, wording: int, suffixes: bool = True) -> str:
-        """The question in one of its wordings, a guided one without its suffix where ``suffixes`` is false.
-
-        Raises:
-            DataError: The turn lacks what its task needs.
-        """
+        """The question in one of its wordings, without suffix if not ``suffixes``; DataError if its task needs more."""
         if self.question:
             return self.question
         needs = {"expression": self.expression, "category": self.category, "label_set": self.label_set}

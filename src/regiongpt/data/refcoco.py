@@ -217,10 +217,8 @@ class RefCocoConverter(Converter):
         if not self._is_json and self.instances is None:
             raise ValueError(f"instances: give the instances.json that belongs to {self.refs.name}")
         if self._partition not in PARTITIONS[self.dataset]:
-            raise ValueError(
-                f"partition: {self.dataset} has {' and '.join(PARTITIONS[self.dataset])}, got "
-                f"{self._partition or 'none'} (file {self.refs.name}); give --dataset, or --partition"
-            )
+            wanted, got = " and ".join(PARTITIONS[self.dataset]), f"{self._partition or 'none'} (file {self.refs.name})"
+            raise ValueError(f"partition: {self.dataset} has {wanted}, got {got}; give --dataset, or --partition")
         # A json holds one split, which its name alone tells.
         named = re.search(r"_(train|val|test[AB]?)(?=[_.])", self.refs.name) if self._is_json else None
         if named and named[1] != self.split:

@@ -183,9 +183,7 @@ def write_records(
 
     A record that no model could learn from is left out and counted, also in ``rejects.jsonl``. Records that the folder
     holds are replaced when the new ones are whole. Source, images' folder, inputs and arguments go to the manifest.
-
-    Raises:
-        DataError: The disk is full or the folder not writable; in strict mode, a record is wrong.
+    DataError where the disk is full or the folder not writable, or in strict mode a record is wrong.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -244,14 +242,10 @@ def _filling(out: Path) -> Iterator[Path]:
 
 
 class RecordSet:
-    """A folder of records as an indexable list, mapped into memory.
+    """A folder of records, written by `regiongpt convert`, as an indexable list that is mapped into memory.
 
-    Args:
-        folder: Written by `regiongpt convert`.
-        images: Folder of the images, where it is not the one that the manifest names.
-
-    Raises:
-        DataError: The folder holds no finished conversion, or a shard is missing or broken.
+    ``images`` is the images' folder where it is not the one that the manifest names. DataError where ``folder`` holds
+    no finished conversion, or a shard is missing or broken.
     """
 
     def __init__(self, folder: str | Path, images: str | Path | None = None) -> None:
@@ -355,13 +349,8 @@ def read_mixture(path: str | Path) -> MixtureConfig:
 def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path | None, Part]]:
     """Folders of records, folders of images where given, and settings of a mixture's parts; no record is read.
 
-    Args:
-        path: A mixture's file, or one folder of records.
-        root: Folder that the file's paths are relative to; by default the one that the file lies in.
-
-    Raises:
-        RegionGPTError: The file cannot be used, a part is not a folder of finished records, or a root is given with a
-            folder of records.
+    ``path`` is a mixture's file, whose paths are relative to ``root`` (by default its folder), or a folder of records.
+    RegionGPTError where the file cannot be used, or a part is not a folder of finished records.
     """
     require_data_extra()
     path = Path(path)
@@ -458,8 +447,7 @@ class Mixture:
         return f"{len(self):,} records an epoch: {listed}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts of other trainers
+# -- Layouts of other trainers -----------------------------------------------------------------------------------------
 
 
 def read_records(folder: Path) -> Iterator[Record]:

@@ -70,8 +70,7 @@ class Converter(Settings, ABC):
     def records(self, rejects: Rejects) -> Iterator[Record]:
         """The records in an order that the files and the options alone decide; what cannot be used goes to ``rejects``.
 
-        Raises:
-            DataError: A whole file is missing or of another format, or files do not belong together.
+        DataError where a whole file is missing or of another format, or files do not belong together.
         """
 
     def record(
@@ -129,13 +128,9 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
 
     Args:
         converter: The source and its options.
-        out: The folder.
-        strict: Stop at the first record that cannot be used.
-        overwrite: Replace records of another source or of other options.
-
-    Raises:
-        ConfigError: The folder holds other records, or the libraries are missing.
-        DataError: A file cannot be used; in strict mode, a record; the disk is full.
+        out: The folder. ConfigError where it holds records of another source or of other options.
+        strict: Stop at the first record that cannot be used, with DataError as for a file.
+        overwrite: Replace other records.
     """
     require_data_extra()
     if not is_unicode(str(out)):
@@ -147,10 +142,8 @@ def convert(converter: Converter, out: Path, strict: bool = False, overwrite: bo
         same = (there.source, there.arguments) == (converter.name, converter.arguments())
         if same and there.inputs == [file_identity(path) for path in converter.inputs()]:
             return there
-        raise ConfigError(
-            f"{out}: holds other records, those of '{there.source}' with {there.arguments}; "
-            "give another --out, or --overwrite"
-        )
+        held = f"holds other records, those of '{there.source}' with {there.arguments}"
+        raise ConfigError(f"{out}: {held}; give another --out, or --overwrite")
     rejects = Rejects(strict)
     return write_records(
         out,
@@ -181,8 +174,7 @@ def summary(manifest: Manifest, out: Path, seconds: float | None) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed sets
+# -- Closed sets -------------------------------------------------------------------------------------------------------
 
 
 class InstancesConverter(Converter):
@@ -325,25 +317,15 @@ def _turn(label_set: str, region: int, name: str) -> Turn:
     return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Annotated images as they are, of any source
+# -- Annotated images as they are, of any source -----------------------------------------------------------------------
 
 
 class AnnotatedImages:
     """All images with their regions, as records without turns in an order that the files alone decide.
 
-    Attributes:
-        count: Number of regions.
-        rejects: What could not be used, by kind.
-
-    Args:
-        images: Folder of the images.
-        regions: JSON of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records.
-        crowds: Take what is marked as a crowd too.
-
-    Raises:
-        ConfigError: A path does not exist.
-        DataError: The regions cannot be read, or there are none.
+    ``regions`` is JSON of COCO, LVIS, V3Det or another tool's COCO export, or a folder of records; with ``crowds``,
+    what is marked as a crowd is taken too. ``count`` is the number of regions, ``rejects`` what could not be used.
+    ConfigError where a path does not exist, DataError where the regions cannot be read or there are none.
     """
 
     def __init__(self, images: Path, regions: Path, crowds: bool = False) -> None:

@@ -113,8 +113,7 @@ def _bleu(said: Sequence[str], wanted: Sequence[Sequence[str]], images: Sequence
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# METEOR
+# -- METEOR ------------------------------------------------------------------------------------------------------------
 
 
 def _best_counts(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> Floats:
@@ -172,8 +171,7 @@ def _is_whole(counts: Floats) -> NDArray[np.bool_]:
     return whole
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The programs
+# -- The programs ------------------------------------------------------------------------------------------------------
 
 
 def scored_words(captions: Sequence[str]) -> list[str]:

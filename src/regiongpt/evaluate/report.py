@@ -10,12 +10,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from regiongpt.data.shards import many
-from regiongpt.drawing import draw_regions
+from regiongpt.drawing import aligned, draw_regions, picture, write_page
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate import TASKS
 from regiongpt.evaluate.bootstrap import TOO_FEW, Sampled, paired
 from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, PaperTable, Rows
-from regiongpt.report import aligned, picture, write_page
 from regiongpt.storage import finite, read_json, reason
 
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"
@@ -34,11 +33,7 @@ class TaskRun(NamedTuple):
 
 
 def read_run(out: Path) -> list[TaskRun]:
-    """The finished tasks in a run's folder, in the order of the paper's tables.
-
-    Raises:
-        DataError: A file of a task is broken, or there is none.
-    """
+    """The finished tasks in a run's folder, in the order of the paper's tables; DataError for a broken one, or none."""
     folders = [out / name for name in TASKS if (out / name / MANIFEST).is_file()]
     if not folders:
         raise DataError(f"{out}: no finished task of `regiongpt evaluate` in this folder")
@@ -57,8 +52,7 @@ def read_object(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# -- Text --------------------------------------------------------------------------------------------------------------
 
 
 def tables(run: TaskRun) -> list[tuple[str, Rows]]:
@@ -105,8 +99,7 @@ def printed_rows(table: PaperTable) -> Rows:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
+# -- The page ----------------------------------------------------------------------------------------------------------
 
 
 def write_report(run: TaskRun, rows: Sequence[Mapping[str, Any]], mistakes: int) -> None:
@@ -150,8 +143,7 @@ def _card(item: Item, answer: Answer) -> dict[str, Any]:
     return {"item": item, "answer": answer, "scores": ranked[:3], "picture": shown}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two runs compared
+# -- Two runs compared -------------------------------------------------------------------------------------------------
 
 
 def compare_runs(a: Path, b: Path) -> list[dict[str, Any]]:

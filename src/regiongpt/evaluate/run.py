@@ -111,8 +111,7 @@ def load_items(task: Task) -> list[Item]:
     return [item for item in items if item.image not in wrong]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking
+# -- Asking ------------------------------------------------------------------------------------------------------------
 
 
 def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, Any], Any]:
@@ -338,8 +337,7 @@ def code_hash() -> str:
     return digest({str(path.relative_to(root)): sha256(path) for path in sorted(sources)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictions
+# -- Predictions -------------------------------------------------------------------------------------------------------
 
 
 class _Line(Answer):
@@ -387,8 +385,7 @@ def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
     return Predictions(answers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# -- The folder --------------------------------------------------------------------------------------------------------
 
 
 def make_manifest(task: Task, model: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:

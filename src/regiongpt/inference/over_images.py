@@ -151,9 +151,7 @@ def _read(path: Path, changed: int) -> tuple[_Entries, list[dict[str, Any]], str
     content = data if isinstance(data, dict) else {"regions": data}
     listed, images = content.get("regions", content.get("annotations")), content.get("images")
     if not isinstance(listed, list):
-        raise DataError(
-            f"{path}: expected a list of regions, or an object with one as regions or annotations, got {short(data)}"
-        )
+        raise DataError(f"{path}: expected a list of regions, alone or as regions or annotations, got {short(data)}")
     entries: _Entries = {}
     for place, entry in enumerate(listed):
         number = number_of(entry.get("image_id")) if isinstance(entry, dict) else None

@@ -77,8 +77,6 @@ _END_OF_TEXT = "<|end_of_text|>"  # ends the last answer of a conversation, othe
 
 
 class _Stored(NamedTuple):
-    """A tensor of the source."""
-
     file: Path
     name: str
     shape: list[int]
@@ -143,9 +141,7 @@ def _folder(source: str) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise CheckpointError(
-                f"{source}: expected a folder that is there, or OWNER/NAME of a repository on the hub"
-            )
+            raise CheckpointError(f"{source}: expected a folder, or OWNER/NAME of a repository on the hub")
         with reading(f"{source} from the hub"):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model"]))
     for file, fields in _KINDS.items():

@@ -64,9 +64,8 @@ class RecordDataset(Dataset[Example]):
     def encode(self, drawn: Drawn) -> Example:
         """The example of a record: what ``processor.encode_conversation`` makes, and ``tasks``.
 
-        Raises:
-            DataError: The image is missing, not readable or of another size; a region makes no sense in it; a
-                placeholder has no region; there is nothing to learn.
+        DataError where the image is missing, not readable or of another size, a region makes no sense in it, a
+        placeholder has no region, or there is nothing to learn.
         """
         record = drawn.record()
         try:

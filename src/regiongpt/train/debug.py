@@ -32,11 +32,9 @@ _TEMPLATES = {"llama": "vicuna_v1", "qwen2": "chatml", "qwen3": "chatml"}
 def debug_size(config: Recipe) -> Recipe:
     """The same recipe with about three optimiser steps per stage, and what it needs made beside its run.
 
-    ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted.
-
-    Raises:
-        ConfigError: The shape of tower or language model is not known; the folder holds something else, or is in use.
-        DataError: The folder cannot be written; nothing is left in it.
+    ``out`` gets ``-debug`` behind its name; what another debug run left there is deleted. ConfigError where the shape
+    of tower or language model is not known, or the folder holds something else or is in use; DataError where it cannot
+    be written, and then nothing is left in it.
     """
     with debug_folder(config) as made:
         require_data_extra()

@@ -72,10 +72,8 @@ class Loop:
         self.config, self.progress = config, Progress()
         self.together, several = config.micro_batch_size * self.processes.count, self.processes.count > 1
         if config.batch_size % self.together:
-            raise ConfigError(
-                f"{name}.batch_size: {config.batch_size} is not a multiple of {self.together}, the micro_batch_size of "
-                f"{config.micro_batch_size} in {self.processes.count} processes"
-            )
+            together = f"{config.micro_batch_size} (micro_batch_size) x {self.processes.count} processes"
+            raise ConfigError(f"{name}.batch_size: {config.batch_size} is not a multiple of {together}")
         set_seed(seed)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -201,11 +199,9 @@ class Loop:
         wrong = [each for each in every if not math.isfinite(each[1])] or every
         name = getattr(self.dataset, "name_of", lambda item: f"item {item}")
         names = ", ".join(name(item) for item in sorted(item for batch, _ in wrong for item in batch))
-        raise DataError(
-            f"{self.name}, step {self.progress.step + 1}: a loss of {wrong[0][1]:g} and a gradient of {norm:g} are not "
-            f"finite; the last good checkpoint is {self.checkpoints.newest()}; inspect the records {names}, or lower "
-            "the learning rate"
-        )
+        found = f"a loss of {wrong[0][1]:g} and a gradient of {norm:g} are not finite"
+        how = f"the last good checkpoint is {self.checkpoints.newest()}; inspect {names}, or lower the learning rate"
+        raise DataError(f"{self.name}, step {self.progress.step + 1}: {found}; {how}")
 
     def _batches(
         self, dataset: Dataset[Example], batch_size: int, skip: int, workers: int, generator: torch.Generator | None

@@ -211,10 +211,8 @@ def require_packable(text_config: Any) -> None:
     kinds = set(getattr(text_config, "layer_types", None) or ())
     window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
     if kinds - {"full_attention"} or (window and not kinds):
-        raise ConfigError(
-            "engine.packing: expected a language model whose layers attend to all earlier tokens, got some with a "
-            "window; give --engine.packing false"
-        )
+        told = "expected a language model whose layers attend to all earlier tokens, got some with a window"
+        raise ConfigError(f"engine.packing: {told}; give --engine.packing false")
 
 
 @contextmanager

@@ -91,10 +91,8 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
     items, tokens = max(1, round(stage.epochs * records)), shape.num_image_tokens + size.text_tokens
     engine, gpus, gpu = config.engine, config.plan.gpus, GPUS[config.plan.gpu]
     if stage.batch_size % (stage.micro_batch_size * gpus):
-        raise ConfigError(
-            f"{name}.batch_size: {stage.batch_size} is not a multiple of micro_batch_size={stage.micro_batch_size} "
-            f"times {gpus} GPUs; give another --{name}.micro_batch_size or --plan.gpus"
-        )
+        told = f"{stage.batch_size} is not a multiple of micro_batch_size={stage.micro_batch_size} times {gpus} GPUs"
+        raise ConfigError(f"{name}.batch_size: {told}; give another --{name}.micro_batch_size or --plan.gpus")
     with torch.device("meta"):
         model: Any = RegionGPTForConditionalGeneration(shape)
         choose_learners(name, model, config.lora)

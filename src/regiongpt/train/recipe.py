@@ -219,9 +219,8 @@ class StageConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size must be a multiple of micro_batch_size = {self.micro_batch_size}, got {self.batch_size}"
-            )
+            known = f"micro_batch_size = {self.micro_batch_size}"
+            raise ValueError(f"batch_size must be a multiple of {known}, got {self.batch_size}")
         return self
 
 
@@ -264,8 +263,7 @@ class Recipe(Settings):
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
         """Read a recipe, a TOML file or the name of one that ships, and apply overrides such as ``--stage2.lr 5e-4``.
 
-        Raises:
-            ConfigError: There is no such recipe, or a setting, unless it was inherited, would not be read.
+        ConfigError where there is no such recipe, or a setting, unless it was inherited, would not be read.
         """
         path = None if path is None else find_config(path)
         if path and not path.is_file():
@@ -293,10 +291,8 @@ class Recipe(Settings):
             told = "run stage 1 first, or give another, or '' for a new model"
             raise CheckpointError(f"model.init: {init}: no checkpoint there; {told}")
         if not (init or self.from_scratch or self.runs("stage1") or (self.out / "stage1" / "model").exists()):
-            raise ConfigError(
-                "stage 2 needs a model that stage 1 has trained; run stage 1 first and give its result as model.init, "
-                "or give --from-scratch"
-            )
+            how = "run stage 1 first and give its result as model.init, or give --from-scratch"
+            raise ConfigError(f"stage 2 needs a model that stage 1 has trained; {how}")
 
     def runs(self, step: str) -> bool:
         """Whether a step is to be run, given ``steps`` and the data."""

@@ -81,10 +81,8 @@ def _train(config: Recipe) -> Path:
         log.info("%s: %s", name, mixture.report())
         for part in mixture.parts if name == "stage1" else ():
             if count := part.without_image():
-                raise DataError(
-                    f"{part.records.folder}: {count} of {len(part.records)} records have no image, from which stage 1 "
-                    "learns nothing, since the language model is frozen; leave the part to stage 2"
-                )
+                lacking = f"{count} of {len(part.records)} records have no image, and stage 1 learns from images alone"
+                raise DataError(f"{part.records.folder}: {lacking}; leave the part to stage 2")
         records = [*records, mixture.identity()["parts"]]
         lora = config.lora.model_dump(mode="json") if config.lora.rank and name == "stage2" else None
         made_of[name] = {"start": start, "records": records, "suffixes": data.suffixes, "lora": lora}
@@ -231,10 +229,8 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
             ours, theirs = (getattr(getattr(each, kind), name, None) for each in (there, here))
             pairs[f"{part}.{name}"] = ours, theirs
     if wrong := [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]:
-        raise CheckpointError(
-            f"{folder}: the checkpoint does not match the recipe: {'; '.join(wrong)}; correct model.init or the "
-            "recipe's [model], or give another --out"
-        )
+        told = f"{folder}: the checkpoint does not match the recipe: {'; '.join(wrong)}"
+        raise CheckpointError(f"{told}; correct model.init or the recipe's [model], or give another --out")
 
 
 def read_shape(folder: Path) -> RegionGPTConfig:
