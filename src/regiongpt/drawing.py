@@ -95,8 +95,6 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class _Outline:
-    """A region on the picture."""
-
     number: int
     colour: Colour
     area: float

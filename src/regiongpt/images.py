@@ -72,7 +72,6 @@ def open_image(source: ImageSource) -> tuple[str, Image.Image]:
 
 
 def _read(source: str | Path | bytes | BinaryIO) -> tuple[str, bytes]:
-    """The source's name for messages, and its bytes."""
     name = str(source) or "''" if isinstance(source, str | Path) else str(getattr(source, "name", "image bytes"))
     try:
         if isinstance(source, str | Path):

@@ -398,7 +398,6 @@ class _Vector(Region):
 
 @contextmanager
 def _called(name: str) -> Iterator[None]:
-    """Put a region's own name into messages."""
     try:
         yield
     except RegionError as error:

@@ -175,7 +175,6 @@ def read_options(kind: type[T], options: argparse.Namespace) -> T:
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """New tables with the values of both."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)

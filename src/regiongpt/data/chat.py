@@ -196,7 +196,6 @@ class LlavaConverter(Converter):
 
 
 def _turns(conversation: list[_Message], task: str, with_image: bool) -> list[Turn]:
-    """The turns of a conversation of alternating questions and answers."""
     texts: list[str] = []
     images = 0
     for number, message in enumerate(conversation):

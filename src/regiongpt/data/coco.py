@@ -371,7 +371,6 @@ class InstancesFile:
         return RecordRegion(region=region, category=self.names[one.category], source_id=source_id)
 
     def _number(self, entry: Any) -> int:
-        """The id of an image or category."""
         number = number_of(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
             raise Fault(MALFORMED, f"expected an object with an id, got {short(entry)}")

@@ -7,7 +7,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from importlib import import_module
 from itertools import chain, groupby
 from pathlib import Path
@@ -274,7 +273,8 @@ class InstancesConverter(Converter):
                 masks = [each.mask.region()] if self.shapes != "box" else []
                 for region in filter(None, [*boxes, *masks]):
                     regions.append(file.record_region(each, region))
-                    turns.append(_turn(self.label_set, len(regions), file.names[each.category]))
+                    asked: Any = {"task": "classify", "label_set": self.label_set, "guided": True}
+                    turns.append(Turn(answer=file.names[each.category], regions=(len(regions),), **asked))
             key = f"{file.name_of(image.id)}" + (f"/{part + 1}" if part else "")
             yield self.record(key, image.path, (image.width, image.height), regions, turns)
 
@@ -309,12 +309,6 @@ class V3DetConverter(InstancesConverter):
     """Name of the closed set in the question."""
     boxes_per_category: NonNegativeInt = 100
     """Most objects per category, sampled: 100 for pre-training and 10 for fine-tuning in the paper; 0 for all."""
-
-
-@lru_cache(maxsize=1 << 17)
-def _turn(label_set: str, region: int, name: str) -> Turn:
-    """One closed-set question; the same few thousand serve a million objects."""
-    return Turn(task="classify", regions=(region,), answer=name, label_set=label_set, guided=True)
 
 
 # -- Annotated images as they are, of any source -----------------------------------------------------------------------

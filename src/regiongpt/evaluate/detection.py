@@ -337,7 +337,6 @@ class PrecisionStatistic(Statistic):
 def _precisions(
     evaluation: Any, detections: Sequence[Mapping[str, Any]], federated: Federated | None
 ) -> dict[str, Statistic]:
-    """The statistics of all precisions, by name."""
     p = evaluation.params
     seen: dict[Hashable, int] = dict.fromkeys(p.imgIds, 0)
     for each in detections:

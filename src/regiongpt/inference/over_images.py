@@ -329,12 +329,8 @@ def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str,
     regions = [each.region for each in given]
     answer = predictor.ask(question, regions, **dict(options))
     warnings = list(answer.warnings)
-    record: dict[str, Any] = {
-        "question": question,
-        "regions": [region.to_dict() for region in regions],
-        "answer": answer.text,
-    }
-    record |= {"cited": list(answer.cited), "warnings": warnings, "complete": answer.complete}
+    asked = {"question": question, "regions": [region.to_dict() for region in regions], "answer": answer.text}
+    record = {**asked, "cited": list(answer.cited), "warnings": warnings, "complete": answer.complete}
     return Reply(record=record, lines=[answer.text], dialogue=[(question, answer.text)], warnings=warnings)
 
 
@@ -375,7 +371,6 @@ def _locate(predictor: "RegionPredictor", given: Sequence[Proposal], expression:
 
 
 def _with_answers(given: Sequence[Proposal], said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each region with its score and answer."""
     return [
         {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
         for each, more in zip(given, said, strict=True)

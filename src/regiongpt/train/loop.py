@@ -293,8 +293,6 @@ class Batch:
 
 @dataclass
 class _MicroBatches(Dataset[Batch]):
-    """Micro-batches by their number."""
-
     dataset: Dataset[Example]
     collate: Collate
     plan: StepBatches
