@@ -258,16 +258,10 @@ class Study:
         ]
         text = "\n\n".join(parts) + "\n"
         write_file(self.out / "table.md", text)
-        result = {
-            "ablation": self.kind,
-            "task": self.options.task,
-            "items": items,
-            "seeds": self.seeds,
-            "variants": [variant._asdict() for variant in self.variants],
-            "pinned": alike,
-            "protocols": finite(found),
-            "manifests": {name: [run.manifest for run in own] for name, own in runs.items()},
-        }
+        result = {"ablation": self.kind, "task": self.options.task, "items": items, "seeds": self.seeds}
+        variants = [variant._asdict() for variant in self.variants]
+        manifests = {name: [run.manifest for run in own] for name, own in runs.items()}
+        result |= {"variants": variants, "pinned": alike, "protocols": finite(found), "manifests": manifests}
         write_json(self.out / RESULT, result)
         return text + f"\nwritten to {self.out / 'table.md'} and {self.out / RESULT}"
 
@@ -313,14 +307,9 @@ def _cells(own: Mapping[str, Sequence[Sampled]]) -> dict[str, Cell]:
         picks = np.random.default_rng((0, 31, place)).integers(len(seeds), size=values.shape)
         drawn[name] = np.take_along_axis(values, picks, axis=0).mean(axis=0)
         few = len(seeds) < FEWEST_SEEDS or len(seeds[0].parts) < FEWEST_IMAGES
-        cell = Cell(
-            mean=mean,
-            seeds=[100 * each.value for each in seeds],
-            interval=None if few else ends(np.clip(drawn[name], 0, 100 * seeds[0].most)),
-            gain=None,
-            gain_interval=None,
-            too_few=few,
-        )
+        interval = None if few else ends(np.clip(drawn[name], 0, 100 * seeds[0].most))
+        own_means = [100 * each.value for each in seeds]
+        cell = Cell(mean=mean, seeds=own_means, interval=interval, gain=None, gain_interval=None, too_few=few)
         if name != first:
             cell["gain"] = mean - cells[first]["mean"]
             cell["too_few"] = few or any(map(too_few, own[first], seeds))

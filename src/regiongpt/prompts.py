@@ -215,13 +215,9 @@ def question(
         if f"{{{slot}}}" in text and not (isinstance(value, str) and value.strip()):
             raise DataError(f"a {task!r} question needs {slot}=..., got {value!r}")
     names = [f"<region{number}>" for number in regions] or [""]
-    text = text.format(
-        regions=" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
-        first=names[0],
-        second=names[-1],
-        expression=expression.strip(),
-        category=indefinite(category) if category else "",
-    )
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    slots = {"expression": expression.strip(), "category": indefinite(category) if category else ""}
+    text = text.format(regions=listed, first=names[0], second=names[-1], **slots)
     suffix = {"classify": closed_set_suffix(label_set), "locate": REC_SUFFIX}.get(task) if guided else None
     return f"{text} {suffix}" if suffix else text
 

@@ -294,13 +294,9 @@ class RefCocoConverter(Converter):
                 matches = bool(rng.random() >= self.no_match_share)
                 drawn = rng.permutation(others).tolist()[: self.candidates - matches]
                 options = rng.permutation([ann_id, *drawn] if matches else drawn).tolist()
-                turn = Turn(
-                    task="locate",
-                    answer=region_answer(options.index(ann_id) + 1) if matches else NO_MATCH,
-                    regions=tuple(range(1, len(options) + 1)),
-                    expression=text,
-                    guided=True,
-                )
+                answer = region_answer(options.index(ann_id) + 1) if matches else NO_MATCH
+                numbers = tuple(range(1, len(options) + 1))
+                turn = Turn(task="locate", answer=answer, regions=numbers, expression=text, guided=True)
                 yield self._record(f"{sent_id}/locate", scene, options, [turn])
 
     def _record(self, key: str, scene: Scene, ann_ids: list[int], turns: list[Turn]) -> Record:

@@ -86,32 +86,22 @@ class CocoClassification(Task):
             groups.setdefault(number, []).append(group)
         shared = {"ids": dict(zip(names, ids, strict=True)), "federated": file.federated}
         text = question("classify", 0, regions=[1], label_set=self.label_set, guided=self.guided)
+        choices = tuple(names) if self.choices else ()
+        asked: Any = {"question": text, "choices": choices, "sure": True, "max_new_tokens": 16}
         items = []
-        for place, number, category, box, area, _, mask in file.objects:
+        for at, number, category, box, area, _, mask in file.objects:
             region = Region.box(*box) if self.region == "box" else mask.region()
             assert region is not None, "objects without a mask are left out"
             width, height = box[2] - box[0], box[3] - box[1]
             area = width * height if isnan(area) else area
-            image, name = file.images[place], file.names[category]
+            image, name = file.images[at], file.names[category]
+            size = (image.width, image.height)
+            place: Any = {"image": folder / image.path, "image_id": file.name_of(image.id), "size": size}
+            one = {"category_id": category, "bbox": [*box[:2], width, height], "area": area}
+            right: Any = {"truth": name, "groups": {"category": name, "size": size_name(area)}}
+            detail = {"object": one, "crowds": groups.get(image.id, []), **shared}
             items.append(
-                Item(
-                    id=str(file.name_of(number)),
-                    image=folder / image.path,
-                    image_id=file.name_of(image.id),
-                    size=(image.width, image.height),
-                    question=text,
-                    regions=(region,),
-                    choices=tuple(names) if self.choices else (),
-                    sure=True,
-                    max_new_tokens=16,
-                    truth=name,
-                    groups={"category": name, "size": size_name(area)},
-                    detail={
-                        "object": {"category_id": category, "bbox": [*box[:2], width, height], "area": area},
-                        "crowds": groups.get(image.id, []),
-                        **shared,
-                    },
-                )
+                Item(id=str(file.name_of(number)), **place, **asked, **right, regions=(region,), detail=detail)
             )
         if not items:
             hint = crowd_hint(self.left_out)

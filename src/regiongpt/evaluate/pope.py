@@ -78,22 +78,15 @@ class Pope(Task):
         protocols = {}
         for strategy in dict.fromkeys(item.groups["strategy"] for item in items):
             part = {k: item for k, item in enumerate(items) if item.groups["strategy"] == strategy}
-            protocols[strategy] = Scored(
-                statistics=yes_no_statistics(list(part.values()), [texts[k] for k in part]),
-                scores={
-                    "accuracy": [
-                        float(read_answer(text) == part[k].truth) if k in part else None for k, text in enumerate(texts)
-                    ]
-                },
-            )
-        return Measured(
-            protocols=protocols,
-            pinned={
-                "questions": ", ".join(path.name for path in self.inputs()),
-                "reading": "as POPE's published script: no if the first sentence has the word no or not, else yes; no "
-                "answer is wrong; unparsable is the share of answers that begin with neither yes nor no",
-            },
+            statistics = yes_no_statistics(list(part.values()), [texts[k] for k in part])
+            right = [float(read_answer(text) == part[k].truth) if k in part else None for k, text in enumerate(texts)]
+            protocols[strategy] = Scored(statistics=statistics, scores={"accuracy": right})
+        reading = (
+            "as POPE's published script: no if the first sentence has the word no or not, else yes; no answer is "
+            "wrong; unparsable is the share of answers that begin with neither yes nor no"
         )
+        pinned = {"questions": ", ".join(path.name for path in self.inputs()), "reading": reading}
+        return Measured(protocols=protocols, pinned=pinned)
 
 
 def read_answer(text: str | None) -> Literal["yes", "no"] | None:

@@ -204,14 +204,9 @@ def locate_expressions(
         # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None
+        number, each = None if found is None else found + 1, tuple(shares.tolist())
         results.append(
-            Located(
-                index=found,
-                number=None if found is None else found + 1,
-                text=answers[best],
-                probability=float(shares[best]),
-                probabilities=tuple(shares.tolist()),
-            )
+            Located(index=found, number=number, text=answers[best], probability=each[best], probabilities=each)
         )
     return results
 

@@ -450,13 +450,9 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             raise DataError("expected a question as the last message before an answer, got the assistant's")
         if not re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
             raise ConfigError("the chat template marks no responses; put them between {% generation %} and its end tag")
-        texts, spans = render_jinja_template(
-            [turns],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **variables},
-        )
+        how = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        how |= {**self.tokenizer.special_tokens_map, **variables}
+        texts, spans = render_jinja_template([turns], return_assistant_tokens_mask=True, **how)
         return texts[0], spans[0]
 
     def _encode(self, text: str, spans: list[tuple[int, int]], region_ids: list[int]) -> dict[str, Any]:

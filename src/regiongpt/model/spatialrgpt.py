@@ -170,13 +170,8 @@ def _describe(folder: Path, mask_weights: str) -> tuple[Any, Any, Any, int]:
     stored_rows = int(text.vocab_size)
     text.vocab_size = max(stored_rows, len(tokenizer))
     cells = vision.image_size // vision.patch_size
-    shape = {
-        "image_size": vision.image_size,
-        "image_grid": [cells, cells],
-        "refinement_norm_eps": 1e-6,
-        "image_connector": "downsample",
-        "region_connector": "linear",
-    }
+    shape = {"image_size": vision.image_size, "image_grid": [cells, cells], "refinement_norm_eps": 1e-6}
+    shape |= {"image_connector": "downsample", "region_connector": "linear"}
     processing = {
         "chat_template": _TEMPLATE,
         "framing": "stretch",

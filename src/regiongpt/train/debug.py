@@ -118,16 +118,10 @@ def make_language(kind: str, folder: Path) -> Path:
     texts = [text for record in _records(True) for each in record.messages(0, 0, 0) for text in each.values()]
     tokenizer = train_tokenizer([*texts, closed_set_suffix()], 400, POSITIONS)
     tokenizer.chat_template = None
-    shape = {
-        **_SHAPE,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        # As with large ones, a few more than there are tokens: some families' tokenizers add one when they are loaded.
-        "vocab_size": len(tokenizer) + 8,
-        "max_position_embeddings": POSITIONS,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    }
+    shape = {**_SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    # As with large ones, a few more than there are tokens: some families' tokenizers add one when they are loaded.
+    shape |= {"vocab_size": len(tokenizer) + 8, "max_position_embeddings": POSITIONS}
+    shape |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     save_whole(folder, _drawn(1, AutoModelForCausalLM, kind, shape), tokenizer)
     return folder
 

@@ -6,7 +6,6 @@ the recipe's [plan]. FLOPs leave out padding; time is FLOPs divided by an assume
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ from regiongpt.train.recipe import GPUS, Recipe, language_shape, tower_shape
 from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
 
 
-@dataclass(frozen=True, kw_only=True)
-class StagePlan:
+class StagePlan(NamedTuple):
     """Cost of one stage; in ``flops``, ``again`` is what gradient checkpointing recomputes."""
 
     name: str
@@ -112,24 +110,13 @@ def _plan_stage(config: Recipe, name: str, shape: RegionGPTConfig) -> StagePlan:
     }
     if engine.gradient_checkpointing:
         flops["again"] = items * tokens * costs.forward_token + attention * costs.square / 3
-    trained = sum(learns for _, learns in parameters.values())
+    weights, trained = map(sum, zip(*parameters.values(), strict=True))
     # Weights, gradients and both moments of AdamW in float32; FSDP spreads all of them over the GPUs.
     share = 4.0 / (gpus if engine.sharding == "fsdp" else 1)
-    return StagePlan(
-        name=name,
-        parameters=parameters,
-        items=items,
-        tokens=tokens,
-        targets=size.answer_tokens,
-        steps=math.ceil(items / stage.batch_size),
-        flops=flops,
-        memory={
-            "weights": share * sum(total for total, _ in parameters.values()),
-            "gradients": share * trained,
-            "optimiser": share * 2 * trained,
-        },
-        seconds=sum(flops.values()) / (gpus * gpu.utilisation * gpu.peak(engine.precision)),
-    )
+    memory = {"weights": share * weights, "gradients": share * trained, "optimiser": share * 2 * trained}
+    steps = math.ceil(items / stage.batch_size)
+    seconds = sum(flops.values()) / (gpus * gpu.utilisation * gpu.peak(engine.precision))
+    return StagePlan(name, parameters, items, tokens, size.answer_tokens, steps, flops, memory, seconds)
 
 
 # -- FLOPs -------------------------------------------------------------------------------------------------------------

@@ -122,14 +122,9 @@ def _line(values: Mapping[str, Any]) -> str:
 
 def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Add a start to ``run.json``: recipe, machine, versions, and what each stage learns from, as plain values."""
-    start = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "processes": launched(),
-        "machine": machine(),
-        "packages": {"python": sys.version.split()[0], **versions()},
-        "commit": commit(),
-    }
+    command, packages = [Path(sys.argv[0]).name, *sys.argv[1:]], {"python": sys.version.split()[0], **versions()}
+    start: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(command)}
+    start |= {"processes": launched(), "machine": machine(), "packages": packages, "commit": commit()}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     before: list[Any] = []
