@@ -20,13 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from stamp import Progress, stamp
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.evaluate.detection import CocoClassification
-from regiongpt.evaluate.run import answer_image
-from regiongpt.evaluate.task import Item
 from regiongpt.model import weights
 from regiongpt.storage import finite, write_json
 
@@ -106,34 +102,6 @@ def warm(image: Path, question: str, box: str, model: Path | None, device: str |
     return result
 
 
-def questions(data: Path, split: str, limit: int, model: Path | None) -> dict[str, Any]:
-    """Questions of ``coco_cls`` in a CPU second of one thread: as an evaluation asks them, and one by one."""
-    torch.set_num_threads(1)
-    items = CocoClassification(data=data, split=split, limit=limit, choices=False).items()
-    by_image: dict[Path, list[Item]] = {}
-    for item in items:
-        by_image.setdefault(item.image, []).append(item)
-    predictor = RegionPredictor.from_pretrained(model, images=0)
-
-    def alone() -> None:
-        for image, own in by_image.items():
-            predictor.set_image(image)
-            for item in own:
-                predictor.ask(item.question, item.regions, max_new_tokens=item.max_new_tokens)
-
-    work = {
-        "together": lambda: [answer_image(predictor, own) for own in by_image.values()],
-        "alone": alone,
-        "encoding": lambda: [predictor.set_image(image) for image in by_image],
-    }
-    found: dict[str, Any] = {"questions": len(items), "images": len(by_image)}
-    for name, call in work.items():
-        began = time.process_time()
-        call()
-        found[name] = time.process_time() - began
-    return found
-
-
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """All measurements, with the first, the median and the largest."""
     return {
@@ -153,9 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--cold", type=int, default=3, metavar="N", help="cold runs (default: 3)")
     parser.add_argument("--warm", type=int, default=10, metavar="N", help="warm runs of each kind (default: 10)")
-    parser.add_argument("--data", type=Path, help="COCO data: also questions of an evaluation, a CPU second")
-    parser.add_argument("--split", default="dev", help="of the data (default: dev)")
-    parser.add_argument("--limit", type=int, default=10, metavar="N", help="images of the data (default: 10)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(argv)
     if options.cold < 0 or options.warm < 0:
@@ -189,13 +154,6 @@ def run(options: argparse.Namespace) -> None:
     for name, figure in {"cold_ask": results.get("cold_ask"), **results.get("warm", {})}.items():
         if figure:
             print(f"{name:<24}{figure['first']:>9.3f}{figure['median']:>9.3f}{figure['largest']:>9.3f}")
-    if options.data:
-        results["questions"] = found = questions(options.data, options.split, options.limit, options.model)
-        rates = {name: found["questions"] / found[name] for name in ("together", "alone")}
-        print(
-            f"{found['questions']} questions about {found['images']} images: {rates['together']:.1f} a CPU second, "
-            f"one by one {rates['alone']:.1f}; {found['encoding']:.1f} s are the encoding"
-        )
     if options.out:
         files = {"model": options.model or weights.nano_path(), "image": options.image}
         write_json(options.out, finite({"benchmark": "latency", "results": results, **stamp(vars(options), files)}))

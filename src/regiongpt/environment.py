@@ -4,6 +4,7 @@ Nothing here imports PyTorch before it is needed; a single process is not connec
 """
 
 import atexit
+import gc
 import os
 import platform
 import subprocess
@@ -235,3 +236,26 @@ def quiet_libraries(progress: bool = False) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if "transformers" in sys.modules:
             sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def light_imports() -> Iterator[None]:
+    """Import transformers for a process that answers on one device, in a tenth less time.
+
+    It goes without what it treats as optional: scipy, for detection losses, and accelerate, for several devices.
+    """
+    # Importing makes a million objects that stay: looking for garbage among them takes a quarter of a cold start.
+    gc.disable()
+    from transformers import utils
+
+    own = {name: getattr(utils, name) for name in ("is_scipy_available", "is_accelerate_available")}
+    try:
+        for name in own:
+            setattr(utils, name, lambda *_, **__: False)
+        yield
+    finally:
+        for name, check in own.items():
+            setattr(utils, name, check)
+        if not gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()

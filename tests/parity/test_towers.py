@@ -1,12 +1,14 @@
 """Towers give the patch tokens that transformers' own models give, and EfficientNet-Lite those of its package."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from tiny import TOWERS, text_config, tower_config
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
@@ -113,3 +115,28 @@ def test_efficientnet_lite_stages_and_positions() -> None:
 def test_efficientnet_lite_carries_no_head() -> None:
     tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant="efficientnet-lite0", image_size=32))
     assert not [name for name in tower.state_dict() if "_fc" in name or "_conv_head" in name]
+
+
+class Operations(TorchDispatchMode):
+    """Keeps PyTorch's operations and their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kept.append((operation.__name__.partition(".")[0], args))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_efficientnet_lite_runs_neither_batch_norms_nor_1x1_convolutions() -> None:
+    """Both are slow on a CPU; the operations are the same on every machine."""
+    tower = EfficientNetLiteModel(EfficientNetLiteConfig(variant="efficientnet-lite0", image_size=64)).eval()
+    with Operations() as run:
+        tower_features(tower, torch.zeros(2, 3, 64, 64))
+    kernels = [args[1].shape[-1] for name, args in run.kept if name == "convolution"]
+    names = [name for name, _ in run.kept]
+    assert len(kernels) == 1 + len(tower.network._blocks)
+    assert min(kernels) > 1
+    assert not any("batch_norm" in name for name in names)
+    assert len(names) < 800

@@ -333,6 +333,19 @@ def test_help_and_mistakes_do_without_torch(verb, tmp_path):
     assert f"usage: regiongpt {verb}" in done.stdout
 
 
+def test_a_model_loads_without_the_parts_of_transformers_that_it_never_uses():
+    """A third of a second of a cold start."""
+    script = (
+        "import sys; from regiongpt.inference import over_images\n"
+        "predictor = over_images.load_predictor(over_images.ModelOptions())\n"
+        "from transformers import utils\n"
+        "assert utils.is_accelerate_available() and predictor.engine.model\n"
+        "print([name for name in ('scipy.optimize', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
 def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
     def raise_this(error: type[BaseException]):
         def handler(*_):

@@ -3,7 +3,6 @@
 torch and transformers are not imported here, so that a mistake costs a fraction of a second.
 """
 
-import gc
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from regiongpt.data.coco import (
 from regiongpt.data.reading import MALFORMED, stated_size
 from regiongpt.data.shards import Fault, Rejects
 from regiongpt.drawing import draw_regions, save_picture
-from regiongpt.environment import progress, quiet_libraries, tell
+from regiongpt.environment import light_imports, progress, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
 from regiongpt.images import SUFFIXES, load_image, open_image
 from regiongpt.inference.options import (
@@ -398,13 +397,9 @@ def find_images(words: Sequence[str]) -> list[str]:
 def load_predictor(options: ModelOptions, **memory: Any) -> "RegionPredictor":
     """Load the model that the command line names."""
     quiet_libraries()
-    # Importing makes a million objects that stay: looking for garbage among them takes a quarter of a cold start.
-    gc.disable()
-    from regiongpt.inference import RegionPredictor
+    with light_imports():
+        from regiongpt.inference import RegionPredictor
 
-    if not gc.get_freeze_count():
-        gc.freeze()
-    gc.enable()
     return RegionPredictor.from_pretrained(options.model, **options.model_dump(exclude={"model"}), **memory)
 
 
