@@ -157,6 +157,7 @@ class Bench:
         scene = engine.encode_image(Image.fromarray(self.photo))
         features = engine.pool_each(scene, regions)
         prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
+        prompt = replace(prompt, repeated=len(regions) > 1)
         scheduler = Scheduler(engine.decoder, engine.model.get_input_embeddings(), [], [], None, len(regions))
         options = Options(max_new_tokens=self.tokens)
         jobs = (engine.job(scene, replace(prompt, pooled=each), options) for each in features)
