@@ -239,9 +239,10 @@ class LeanDecoder(Decoder):
         # The CPU reads a matrix that lies transposed a third faster for few rows; what is in it stays the same.
         with torch.inference_mode(False):
             for module in language_model.model.layers.modules():
-                weight = getattr(module, "weight", None)
-                if type(module) is torch.nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32:
-                    weight.data = weight.data.t().contiguous().t()
+                if isinstance(module, torch.nn.Linear):
+                    weight = module.weight
+                    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                        weight.data = weight.data.t().contiguous().t()
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         model, x = self.model.model, embeds_ND
