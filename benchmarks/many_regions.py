@@ -157,6 +157,7 @@ class Bench:
         scene = engine.encode_image(Image.fromarray(self.photo))
         features = engine.pool_each(scene, regions)
         prompt = engine.prompt(question_turns((), self.text), features[0], 1, self.tokens)
+        prompt = replace(prompt, repeated=len(regions) > 1)
         scheduler = Scheduler(engine.decoder, engine.model.get_input_embeddings(), [], [], None, len(regions))
         options = Options(max_new_tokens=self.tokens)
         jobs = (engine.job(scene, replace(prompt, pooled=each), options) for each in features)
@@ -191,6 +192,8 @@ class Bench:
         products = read / embedding.element_size()
         prompt = self.engine.encode_text(question_turns((), self.text), 1)["input_ids"].tolist()
         begin = len(prompt) - prompt[::-1].index(self.engine.model.config.image_token_id)
+        if regions > 1:  # they share the question up to the region
+            begin = prompt.index(self.engine.model.config.region_token_id)
         step = max(read / machine["bytes_per_second"], 2 * products * regions / machine["flops"])
         first = 2 * products * (begin + regions * (len(prompt) - begin)) / machine["flops"]
         return {"step": step, "prompts": first, "all": first + (self.tokens - 1) * step, "bytes_read_per_step": read}

@@ -151,8 +151,8 @@ def test_a_step_is_few_operations(llama):
             decoder.forward(cache, words(3), [1, 1, 1])
         counts[decoder] = counted.count
     # Seven products and two attentions a layer, in 2 layers; the rest is around them.
-    assert counts[lean] <= 220
-    assert counts[lean] < 0.85 * counts[llama]
+    assert counts[lean] <= 210
+    assert counts[lean] < 0.8 * counts[llama]
 
 
 @pytest.mark.parametrize("name", REREADING)

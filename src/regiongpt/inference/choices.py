@@ -99,7 +99,8 @@ def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Seq
     own_tokens = len(closed.ids) - engine.processor.num_image_tokens
     size = max(1, budget // max(1, own_tokens, sum(lengths)))  # questions at a time
     for start in range(0, len(pooled), size):
-        prompts = [engine.begin(scene, closed.ids, closed.rows, each) for each in pooled[start : start + size]]
+        some = pooled[start : start + size]
+        prompts = [engine.begin(scene, closed.ids, closed.rows, each, repeated=len(pooled) > 1) for each in some]
         cache, own = PrefixCache(), [embeds_ND for _, embeds_ND in prompts]
         for prefix, _ in prompts:
             cache.add(prefix)

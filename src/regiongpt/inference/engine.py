@@ -97,6 +97,7 @@ class Prompt:
     question: str = ""  # the last one, whose regions the answer names
     warnings: tuple[str, ...] = ()
     sure: bool = False  # whether the answer's probability is wanted
+    repeated: bool = False  # whether the same question is asked about other regions too
 
 
 class TooLong(DataError):
@@ -193,7 +194,7 @@ class Engine:
         table = self.model.get_input_embeddings()
         ids_T = torch.tensor(ids, device=table.weight.device)
         ids_N = ids_T[start:]
-        embeds_ND: Tensor = table(ids_N).clone()
+        embeds_ND: Tensor = table(ids_N)
         if (image_N := ids_N == image).any():
             embeds_ND[image_N] = scene.image_ND.to(embeds_ND.dtype)
         if rows:
@@ -201,8 +202,13 @@ class Engine:
             embeds_ND[ids_N == region] = self.model.add_numbers(pooled[list(rows)].to(embeds_ND.dtype), ids_T)
         return embeds_ND
 
-    def begin(self, scene: Scene, ids: list[int], rows: Sequence[int], pooled: Tensor) -> tuple[Prefix | None, Tensor]:
-        """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest."""
+    def begin(
+        self, scene: Scene, ids: list[int], rows: Sequence[int], pooled: Tensor, repeated: bool = False
+    ) -> tuple[Prefix | None, Tensor]:
+        """The prefix that a prompt shares with others about its image, and embeddings (N, D) of the rest.
+
+        With ``repeated``, the prefix goes on to the first region.
+        """
         image, region = self.model.config.image_token_id, self.model.config.region_token_id
         end = len(ids) - ids[::-1].index(image) if image in ids else 0
         if region in ids[:end]:  # in the system text
@@ -211,11 +217,18 @@ class Engine:
             return None, self.embed(scene, ids, rows, pooled)
         head = ids[:end]
         prefix = scene.prefixes.get(tuple(head), lambda: self.decoder.read(self.embed(scene, head, (), pooled)))
+        if repeated and region in ids and (first := ids.index(region)) > end:
+            image_only, head = prefix, ids[:first]
+            prefix = scene.prefixes.get(
+                tuple(head),
+                lambda: self.decoder.read(self.embed(scene, head, (), pooled, start=end), image_only).joined(),
+            )
+            return prefix, self.embed(scene, ids, rows, pooled, start=first)
         return prefix, self.embed(scene, ids, rows, pooled, start=end)
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:
         """A prompt as the scheduler takes it."""
-        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled)
+        prefix, embeds_ND = self.begin(scene, prompt.ids, prompt.rows, prompt.pooled, prompt.repeated)
         reader = self.reader(prompt, options) if streams or options.stop else None
         room, sure = prompt.room, prompt.sure
         return Job(prefix=prefix, embeds=embeds_ND, options=options, room=room, sure=sure, reader=reader)
@@ -270,6 +283,7 @@ class Engine:
         if not regions:
             return []
         first = self.prompt(question_turns((), text), pooled[0], 1, options.max_new_tokens)
+        first = replace(first, repeated=len(regions) > 1)
         asked = (
             (scene, replace(first, pooled=features, warnings=(*notes([region]), *first.warnings)), options)
             for region, features in zip(regions, pooled, strict=True)

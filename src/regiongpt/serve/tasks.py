@@ -88,7 +88,7 @@ class Tasks:
 
         def task(scene: Scene, pooled: Tensor) -> Iterator[Ask]:
             for place, features in enumerate(torch.split(pooled, self._rows)):
-                ready = replace(prompt, pooled=features)
+                ready = replace(prompt, pooled=features, repeated=len(request.regions) > 1)
                 yield Ask(place=place, prompt=ready, job=self.engine.job(scene, ready, options))
 
         def said(place: int, answer: Answer) -> Json:
