@@ -16,6 +16,7 @@ from conversations import ConversationSampler
 from dataset import EXTRAS, ConversationDataset
 from features import FeatureStore, build_features
 from naming import Words, words_of
+from pooled import pool, train_pooled
 from reading import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import NanoRecipe, NanoStageConfig
 from transformers import LlamaForCausalLM, set_seed
@@ -83,6 +84,9 @@ def _train(config: NanoRecipe) -> Path:
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
             asking, spoken = sampler, None
+            if name == "align" and stage.pooled_epochs:
+                pooled = pool(images, store, model, config.features)
+                train_pooled(model, words, pooled, stage, stage.pooled_epochs, config.seed)
             if name == "stage2" and config.sure:
                 spoken = words_of(images, store, model, processor, words, config.sure)
                 asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
