@@ -7,7 +7,7 @@ differs in real maps is learned from them afterwards.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def train_pooled(model: Any, words: ClassWords, pooled: Pooled, config: StageCon
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, steps, config.warmup_ratio)
         optimizer.zero_grad()
-        (loss / len(taken)).backward()
+        cast(Any, loss / len(taken)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         if step % 100 == 99:
