@@ -1,9 +1,6 @@
 """The verb ``regiongpt ablate``: train, evaluate and compare variants of one part of a model.
 
-OUT/VARIANT/seed-N/  training/, evaluation/
-OUT/                 table.md, result.json
-
-Paper: Tables 1, 6 and 7; §3.2 (the task-guided prompt)
+``OUT/VARIANT/seed-N`` holds training and evaluation, OUT table.md and result.json. Paper: Tables 1, 6 and 7; §3.2
 """
 
 import itertools

@@ -1,7 +1,6 @@
 """The command line: every verb's options, and errors as one line on standard error with exit code 2.
 
-Each verb is a function in its package. torch and transformers are imported only after its options have been
-checked, so that help and errors take a fraction of a second.
+torch and transformers are imported only after the options are checked: help and errors take a fraction of a second.
 """
 
 import argparse

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -36,7 +37,8 @@ from regiongpt.data.sources import convert, load_converter
 from regiongpt.errors import CheckpointError, ConfigError
 from regiongpt.inference.choices import closed_set
 from regiongpt.inference.engine import question_turns
-from regiongpt.model import spatialrgpt, weights
+from regiongpt.inference.shared_prefix import LeanDecoder
+from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, spatialrgpt, weights
 from regiongpt.model.spatialrgpt import TERMS, import_spatialrgpt
 from regiongpt.prompts import question
 
@@ -351,6 +353,49 @@ def test_it_is_saved_loaded_and_converted(ours: Path, photo: Image.Image, tmp_pa
     assert RegionPredictor.from_pretrained(tmp_path / "half").set_image(photo).ask("What?", max_new_tokens=2)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["ours", "nano"])
+def test_lower_precision_answers_alike(ours: Path, photo: Image.Image, kind: str, dtype: str) -> None:
+    folder, (regions, _) = ours if kind == "ours" else None, regions_of(photo)
+    whole, small = (
+        RegionPredictor.from_pretrained(folder, "cpu", each).set_image(photo) for each in ("float32", dtype)
+    )
+    assert type(small.engine.decoder) is LeanDecoder, "it shares prefixes"
+    messages = [{"role": "user", "content": QUESTION}]
+    encoded = whole.engine.processor.encode_conversation(messages, photo, regions, add_generation_prompt=True)
+    inputs = whole.engine.processor.collate([encoded])
+    expected, found = (predictor.engine.model(**inputs).logits[0, -1].float() for predictor in (whole, small))
+    assert not torch.equal(found, expected)
+    assert F.cosine_similarity(found, expected, dim=0) > 0.9995  # with five bits of a weight 0.993
+    chosen = [[each.label for each in predictor.classify(regions)] for predictor in (whole, small)]
+    assert chosen[0] == chosen[1]
+    assert all(answer.tokens for answer in small.describe(regions, max_new_tokens=3))
+
+
+@pytest.mark.parametrize(("dtype", "large", "small"), [("float32", 34, 46), ("bfloat16", 17, 23), ("int8", 10, 34)])
+def test_the_memory_is_what_the_documents_say(dtype: str, large: int, small: int) -> None:
+    """In GB that of the 8B, of shapes alone, and in MB nano's."""
+    llama = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128261)
+    tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    siglip = SiglipVisionConfig(**tower, image_size=384, patch_size=14)
+    how = {"image_size": 384, "image_grid": [27, 27], "image_connector": "downsample", "region_connector": "linear"}
+    config = RegionGPTConfig(vision_config=siglip, text_config=llama, image_token_id=1, region_token_id=2, **how)
+    with torch.device("meta"):
+        model = RegionGPTForConditionalGeneration(config)
+    every, inside = (
+        sum(each.numel() for each in part.parameters()) for part in (model, model.language_model.model.layers)
+    )
+    norms = sum(each.numel() for each in model.language_model.model.layers.parameters() if each.dim() == 1)
+    assert round(every / 1e9, 1) == 8.5
+    assert round((inside - norms) / 1e9, 1) == 7.0
+    size = {"float32": 4 * every, "bfloat16": 2 * every, "int8": 2 * every - (inside - norms)}[dtype]
+    assert round(size / 1e9) == large
+    nano = RegionPredictor.from_pretrained(device="cpu", dtype=dtype).engine.model
+    assert round(sum(each.nbytes for each in [*nano.parameters(), *nano.buffers()]) / 1e6) == small
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    assert f"| {dtype} | {large} GB | {small} MB |" in page
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is written
 
@@ -501,13 +546,15 @@ def run(ours: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 IMAGE, BOXES, SHORT = "images/1.png", ("--box", "4,4,30,40", "--box", "50,4,90,60"), ("--max-new-tokens", "3")
 
 
-def test_it_is_asked(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("ask", IMAGE, "What is <region1> next to <region2>?", *BOXES, *SHORT)
-    assert run("describe", IMAGE, *BOXES, *SHORT)
-    assert run("classify", IMAGE, *BOXES, "--choices", "cat,dog")
-    assert run("locate", IMAGE, "the red cat", *BOXES)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_it_is_asked(run: Callable[..., str], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*BOXES, "--dtype", dtype)
+    assert run("ask", IMAGE, "What is <region1> next to <region2>?", *words, *SHORT)
+    assert run("describe", IMAGE, *words, *SHORT)
+    assert run("classify", IMAGE, *words, "--choices", "cat,dog")
+    assert run("locate", IMAGE, "the red cat", *words)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is <region1>?\nAnd <region2>?\n"))
-    assert run("chat", IMAGE, *BOXES, *SHORT).count("\n") == 1
+    assert run("chat", IMAGE, *words, *SHORT).count("\n") == 1
 
 
 def test_it_chooses_by_the_places_of_mentions(ours: Path) -> None:
@@ -518,15 +565,16 @@ def test_it_chooses_by_the_places_of_mentions(ours: Path) -> None:
     assert [re.sub("[^0-9]", "", text) for text in texts] == ["0", "1"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_it_is_evaluated_and_captions(
-    run: Callable[..., str], tmp_path: Path, ours: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., str], tmp_path: Path, ours: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     says("a red cat that sits in the corner of a white room", weights.load(ours)[1], monkeypatch)
     out = tmp_path / "evaluated"
-    run("evaluate", "coco_cls", "--data", ".", "--out", str(out), "--resamples", "0", "--dtype", "float32")
+    run("evaluate", "coco_cls", "--data", ".", "--out", str(out), "--resamples", "0", "--dtype", dtype)
     assert json.loads((out / "coco_cls" / "result.json").read_text())["protocols"]["score all choices"]
     words = ["--images", "images", "--regions", "instances_val2017.json", "--out", str(tmp_path / "captions")]
-    assert main(["annotate", *words, "--captioner", str(ours)]) == 0
+    assert main(["annotate", *words, "--captioner", str(ours), "--dtype", dtype]) == 0
     assert list((tmp_path / "captions" / "captions").iterdir())
 
 
@@ -541,10 +589,11 @@ def test_it_is_trained_with_adapters(ours: Path, pictures: Path, tmp_path: Path)
     assert changed == {"refinement", "connector", "region_connector", "language_model"}
 
 
-def test_it_is_served(ours: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_it_is_served(ours: Path, dtype: str) -> None:
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     from serving import chat_body, regions_body, serving
 
-    with serving(RegionPredictor.from_pretrained(ours).engine) as served:
+    with serving(RegionPredictor.from_pretrained(ours, dtype=dtype).engine) as served:
         for path, body in (("v1/chat/completions", chat_body()), ("v1/regions/describe", regions_body(max_tokens=3))):
             assert served.post(path, body).status_code == 200

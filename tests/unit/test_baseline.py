@@ -270,6 +270,7 @@ def test_a_random_model_answers_what_it_says(data, llava, tmp_path):
         ("pope", ["--baseline", "NANO"], "a RegionGPT checkpoint; give it as --model"),
         ("pope", ["--baseline", "TEXT"], "cannot load it as a vision-language model"),
         ("pope", ["--baseline", "nowhere"], "nowhere/config.json: not a readable JSON file"),
+        ("pope", ["--baseline", "LLAVA", "--dtype", "int8"], "int8 is for RegionGPT checkpoints alone"),
         ("pope", ["--baseline", "BARE"], "no chat template"),
         ("pope", ["--baseline", "BLIND"], "cannot load it as a vision-language model"),
         ("pope", ["--baseline", "TORN"], "does not take an image and a text"),

@@ -14,7 +14,7 @@ from PIL import Image
 from regiongpt.data.shards import Rejects
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate import caption_metrics, task_class
-from regiongpt.evaluate.refcocog import candidates_of, read_proposals
+from regiongpt.evaluate.referring import candidates_of, read_proposals
 from regiongpt.evaluate.run import load_items
 from regiongpt.evaluate.task import Answer, Result, Task
 from regiongpt.prompts import NO_MATCH

@@ -169,7 +169,7 @@ def third(bad: Any) -> Any:
         (CheckpointError, "nowhere", lambda p: p.from_pretrained("nowhere")),
         *(
             (ConfigError, name, lambda p, own={name: value}: p.from_pretrained("nowhere", **own))
-            for name, value in {"device": "gpu", "dtype": "int8", "images": -1, "rows": 0, "token_budget": 0}.items()
+            for name, value in {"device": "gpu", "dtype": "int4", "images": -1, "rows": 0, "token_budget": 0}.items()
         ),
     ],
 )

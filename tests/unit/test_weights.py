@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TOWERS, assert_same, save_language, save_tower, tiny_tokenizer, tower_config
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.inference import RegionPredictor
@@ -133,6 +141,47 @@ def test_dtype_and_device(checkpoint: Path, tower: Path, language: Path, tmp_pat
         weights.load(tmp_path / "mixed"),
     ):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [32, 48, 40])  # of which the CPU's kernel for int8 can only take the first
+def test_int8_is_near_whatever_the_shape(inputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, 33, bias=inputs != 48)
+    layer.weight.data[0] = 0
+    layer.weight.data[1] *= 1e-3
+    layer.weight.data[2] *= 1e3
+    small, scale = weights.Int8Linear(layer.to(dtype)), layer.weight.float().norm(dim=1)
+    for shape in ((inputs,), (1, 3, inputs), (0, inputs), (2, 50, inputs)):
+        x = torch.randn(shape).to(dtype)
+        off = (small(x).float() - layer(x).float()).abs() / (scale + layer(x).float().abs() + 1e-9)
+        assert small(x).shape == layer(x).shape
+        assert small(x).dtype == dtype
+        assert not off.numel() or off.max() < 0.05
+
+
+def test_int8_is_for_the_linear_layers_of_the_language_model(checkpoint: Path, tower: Path, tmp_path: Path) -> None:
+    whole, small = (weights.load(checkpoint, dtype=dtype)[0] for dtype in (None, torch.int8))
+    names = {name for name, each in small.named_modules() if isinstance(each, weights.Int8Linear)}
+    linear = {name for name, each in whole.named_modules() if type(each) is nn.Linear}
+    assert names == {name for name in linear if name.startswith("language_model.model.")}
+    assert len(names) == 14
+    assert {each.dtype for each in small.parameters()} == {torch.float32}
+    for fails in (
+        lambda: small.save_pretrained(tmp_path / "a"),
+        lambda: weights.convert(checkpoint, tmp_path / "b", torch.int8),
+    ):
+        with pytest.raises(ConfigError, match="int8 weights cannot be saved"):
+            fails()
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ConfigError, match="int8 weights cannot be trained"):
+        small.train()
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=len(tiny_tokenizer())))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    weights.create(tower, tmp_path / "gpt2", out=tmp_path / "of gpt2", chat_template="vicuna_v1")
+    with pytest.raises(ConfigError, match="int8: GPT2Model has no linear layers"):
+        weights.load(tmp_path / "of gpt2", dtype=torch.int8)
 
 
 def test_convert_halves_the_files_and_loads_in_full_precision(checkpoint: Path, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ class Model(Settings):
     """images or crops per batch, for a local model"""
     device: str | None = None
     """device of a local model: cuda, cuda:N, mps or cpu"""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of a local model"""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """dtype of a local model; int8 for RegionGPT checkpoints alone"""
 
 
 class Captions(Settings):

@@ -1,7 +1,4 @@
-"""Conversation files: your own JSON lines, this project's region captions, and LLaVA's mixes.
-
-Paper: §3.2 (image captioning as a pretext task; LLaVA's instruction data), §3.3 (region captions)
-"""
+"""Conversation files: your own JSON lines, region captions (paper §3.3), and LLaVA's mixes (§3.2)."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Contents of a folder of records: statistics, records as training reads them, and faults.
-
-Paper: Table 2 (images, regions, average words), §3.2 (only the response is supervised), §4 (boxes a category)
-"""
+"""Contents of a folder of records: statistics (paper Table 2), records as training reads them (§3.2), faults."""
 
 import re
 from collections import Counter

@@ -1,7 +1,6 @@
 """One training record: an image, regions of it, and turns about them; what every source yields and training reads.
 
-A turn whose ``question`` is empty is worded when it is read, by one of its task's ten paraphrases, drawn from (seed,
-epoch, index): one conversion serves any number of epochs. Paper: §3.2, §4
+A turn without a question is worded when read, by one of ten paraphrases, by (seed, epoch, index). Paper: §3.2, §4
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: expressions that single out one object of an image.
 
-Read from the original ``refs(...).p`` with its ``instances.json``, or from JSON files in COCO's layout. Paper: §3.2,
-Table 1
+Read from ``refs(...).p`` with its ``instances.json``, or from JSON in COCO's layout. Paper: §3.2, Table 1
 """
 
 import re

@@ -1,7 +1,6 @@
 """Sources of records: settings, which are the command's options, and the files of a data set read as records.
 
-Here too are the closed sets, COCO, LVIS, V3Det and any file of COCO's format: the class of each box or mask. Paper:
-§3.2 and Table 1 (the closed-set prompt), §4 (boxes per category)
+Here too are the closed sets: the class of each box or mask of COCO, LVIS, V3Det. Paper: §3.2, Table 1; §4
 """
 
 import logging

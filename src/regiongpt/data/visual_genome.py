@@ -1,7 +1,4 @@
-"""Visual Genome: short captions of regions, as one dialogue an image; names of objects and relations where wanted.
-
-Paper: §3.2 (up to 10 boxes an image, sampled into a dialogue)
-"""
+"""Visual Genome: captions of up to 10 boxes as one dialogue an image; object names and relations. Paper: §3.2."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -54,20 +51,12 @@ class _Region(Row):
     region_id: Whole = Field(validation_alias=AliasChoices("region_id", "id"))
     image_id: Any = None
     phrase: Expression
-    x: Any = None
-    y: Any = None
-    width: Any = None
-    height: Any = None
 
 
 class _Object(Row):
     object_id: Whole
     names: Any = ()
     name: Any = ""
-    x: Any = None
-    y: Any = None
-    w: Any = None
-    h: Any = None
 
 
 class _Part(NamedTuple):
@@ -202,13 +191,14 @@ def _region(entry: Any, image: _Image) -> tuple[_Part, str]:
     row = _Region.read(entry)
     if row.image_id not in (None, image.image_id):
         raise Fault(APART, f"expected a region of image {image.image_id}, got one of {short(row.image_id)}")
-    box = clipped_box((row.x, row.y, row.width, row.height), image.width, image.height)
+    box = clipped_box([entry.get(side) for side in ("x", "y", "width", "height")], image.width, image.height)
     return _Part(f"r{row.region_id}", box), row.phrase
 
 
 def _object(entry: Any, image: _Image) -> tuple[_Part, str]:
     row = _Object.read(entry)
-    box, names = clipped_box((row.x, row.y, row.w, row.h), image.width, image.height), row.names or [row.name]
+    box = clipped_box([entry.get(side) for side in ("x", "y", "w", "h")], image.width, image.height)
+    names = row.names or [row.name]
     name = plain_text(names[0] if isinstance(names, list) else names, "object name")
     return _Part(f"o{row.object_id}", box, name), name
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 TASKS: Final[Mapping[str, str]] = {
     "coco_cls": "detection:CocoClassification",
-    "refcocog_caption": "captions:RefCocogCaption",
-    "vg_caption": "captions:VisualGenomeCaption",
-    "refcocog_rec": "refcocog:RefCocogRec",
+    "refcocog_caption": "referring:RefCocogCaption",
+    "vg_caption": "referring:VisualGenomeCaption",
+    "refcocog_rec": "referring:RefCocogRec",
     "pope": "pope:Pope",
     "facts": "facts:Facts",
 }

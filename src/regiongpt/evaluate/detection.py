@@ -1,7 +1,4 @@
-"""Classes of regions, scored by accuracy and by COCO's average precision, which also comes by LVIS' rules.
-
-Paper: §4.1, Table 3
-"""
+"""Classes of regions: accuracy, and average precision by COCO's or LVIS' rules. Paper: §4.1, Table 3."""
 
 import io
 from collections import Counter

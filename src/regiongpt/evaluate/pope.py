@@ -1,7 +1,4 @@
-"""Is there such an object in the image? POPE's questions.
-
-Paper: §4.4, Table 8
-"""
+"""Is there such an object in the image? POPE's questions. Paper: §4.4, Table 8."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,6 @@
 """Scores of texts: of answers from a closed set by the model, of captions by CLIP or SigLIP.
 
-Shapes: B questions, R regions, K tokens of a region, A answers, E expressions, L tokens of answers, D model width, V
-vocabulary.
+B questions, R regions, K tokens of a region, A answers, E expressions, L tokens of answers, D width, V vocabulary.
 """
 
 import re
@@ -148,18 +147,13 @@ def answer_scores(
 
 @dataclass(frozen=True, kw_only=True)
 class Classified:
-    """The class of one region, chosen from a closed set.
+    """The class of one region, chosen from a closed set; probabilities given that the answer is one of the choices."""
 
-    Attributes:
-        label: the most probable choice.
-        probability: probability of that choice, given that the answer is one of the choices.
-        probabilities: one per choice, in the order given, summing to 1; with ``top_k`` only the most probable,
-            best first.
-    """
-
-    label: str
+    label: str  # the most probable choice
     probability: float
-    probabilities: dict[str, float]
+    probabilities: dict[
+        str, float
+    ]  # by choice, in the order given, summing to 1; with top_k the best alone, best first
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable choices with their probabilities, best first."""
@@ -177,21 +171,13 @@ def classified(scores_A: Tensor, names: Sequence[str], top_k: int | None) -> Cla
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Which of several regions fits an expression.
+    """Which of several regions fits an expression; probabilities given that the answer is one of them or none."""
 
-    Attributes:
-        index: 0-based position in the list of regions given; None where none of them fits.
-        number: the same, 1-based, as the model says it.
-        text: the answer in the paper's words, ``Region [N]`` or the no-match sentence.
-        probability: probability of that answer, given that the answer is one of the regions or none.
-        probabilities: one per region, in the order given, and last that of no match; they sum to 1.
-    """
-
-    index: int | None
-    number: int | None
-    text: str
-    probability: float
-    probabilities: tuple[float, ...]
+    index: int | None  # 0-based position in the list of regions given; None where none of them fits
+    number: int | None  # the same, 1-based, as the model says it
+    text: str  # the answer in the paper's words, ``Region [N]`` or the no-match sentence
+    probability: float  # of that answer
+    probabilities: tuple[float, ...]  # one per region, in the order given, and last that of no match; they sum to 1
 
 
 def locate_expressions(

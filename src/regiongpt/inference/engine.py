@@ -330,6 +330,6 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"expected dtype float32, bfloat16 or float16, got {name!r}")
+    if name not in ("float32", "bfloat16", "float16", "int8"):
+        raise ConfigError(f"expected dtype float32, bfloat16, float16 or int8, got {name!r}")
     return getattr(torch, name)  # type: ignore[no-any-return]

@@ -134,8 +134,8 @@ class ModelOptions(Settings):
     """checkpoint folder (default: the model of this package)"""
     device: str | None = None
     """cuda, cuda:N, mps or cpu (default: the first available)"""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)"""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16), or int8 for the language model"""
     untrained: bool = False
     """allow a checkpoint that has not been trained"""
 

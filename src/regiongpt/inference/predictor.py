@@ -111,6 +111,7 @@ class RegionPredictor:
             path: the folder.
             device: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; default: the first of CUDA, MPS, CPU there is.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default: bfloat16 where CUDA has it, else float32.
+                ``"int8"`` is for the language model's linear layers; all else is as stored.
             untrained: take a model whose answers mean nothing, too.
             **memory: ``images``, ``token_budget`` and ``rows``, as above.
 

@@ -61,6 +61,8 @@ class VisionLanguageModel:
         self.name, self._called, self._saving = folder.resolve().name, f"{option} {folder}", saving
         self.device = pick_device(device)
         dtype = pick_dtype(dtype, self.device)
+        if dtype == torch.int8:
+            raise ConfigError(f"{self._called}: int8 is for RegionGPT checkpoints alone; give another dtype")
         try:
             self.processor = AutoProcessor.from_pretrained(folder)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)

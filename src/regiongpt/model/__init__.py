@@ -1,7 +1,4 @@
-"""Neural network, processor and checkpoints (paper section 3.1).
-
-Importing this package registers RegionGPT with transformers' Auto classes.
-"""
+"""Network, processor and checkpoints (paper §3.1); an import registers them with transformers' Auto classes."""
 
 from transformers import AutoProcessor
 

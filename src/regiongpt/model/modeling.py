@@ -8,7 +8,7 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
@@ -31,6 +31,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 """Name of the cache argument in the installed transformers; ``past_key_values`` became ``cache`` in 5.24."""
 
 CROPS = 16  # that go through the tower at a time
+CPU_PIXELS = 640**2  # that go through an EfficientNet at a time: larger intermediate maps leave a CPU's cache
 
 _VISUAL_INPUTS = ("pixel_values", "vision_features", "region_weights", "region_ids", "region_crops")
 
@@ -72,19 +73,54 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Compute the feature grid: (B, 3, S, S), S a multiple of 32, to a last hidden state (B, C, S/32, S/32)."""
-        network = self.network
+        folded = {conv: _fold(conv, norm) for conv, norm in self._layers()}
+        at_once = max(1, CPU_PIXELS // pixel_values[0, 0].numel()) if pixel_values.device.type == "cpu" else 2**20
+        features = [self._features(some, folded) for some in torch.split(pixel_values, at_once)]
+        return BaseModelOutput(last_hidden_state=torch.cat(features))
+
+    def _layers(self) -> Iterator[tuple[Any, Any]]:
+        """Every convolution with its batch norm."""
+        yield self.network._conv_stem, self.network._bn0
+        for block in self.network._blocks:
+            if hasattr(block, "_expand_conv"):
+                yield block._expand_conv, block._bn0
+            yield block._depthwise_conv, block._bn1
+            yield block._project_conv, block._bn2
+
+    def _features(self, pixel_values: Tensor, folded: Mapping[Any, tuple[Tensor, Tensor]]) -> Tensor:
         x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for index, block in enumerate(network._blocks):
-            x = block(x)
+        x = _convolve(x, self.network._conv_stem, *folded[self.network._conv_stem]).clamp_(0, 6)
+        for index, block in enumerate(self.network._blocks):
+            before = x
+            if hasattr(block, "_expand_conv"):
+                x = _convolve(x, block._expand_conv, *folded[block._expand_conv]).clamp_(0, 6)
+            x = _convolve(x, block._depthwise_conv, *folded[block._depthwise_conv]).clamp_(0, 6)
+            x = _convolve(x, block._project_conv, *folded[block._project_conv])
+            if x.shape == before.shape:
+                x += before
             if index == self.last_stride8:
                 stride8_BCHW = F.pixel_unshuffle(F.avg_pool2d(x, 2), 2)
             if index == self.last_stride16:
                 stride16_BCHW = F.pixel_unshuffle(x, 2)
         stages_BCHW = torch.cat([x, stride16_BCHW, stride8_BCHW], dim=1)
         stages_BCHW = (stages_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
-        waves_BCHW = _position_channels(self.config.position_frequencies, x)
-        return BaseModelOutput(last_hidden_state=torch.cat([stages_BCHW, waves_BCHW], dim=1))
+        return torch.cat([stages_BCHW, _position_channels(self.config.position_frequencies, x)], dim=1)
+
+
+def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution and the batch norm behind it as one."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+def _convolve(x_BCHW: Tensor, conv: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a convolution of EfficientNet, 1x1 as a matrix product: torch runs those slowly on one CPU thread."""
+    if conv.kernel_size == (1, 1):
+        return F.linear(x_BCHW.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    left, right, top, bottom = conv.static_padding.padding  # of the variant's own image size
+    if left != right or top != bottom:
+        x_BCHW, left, top = F.pad(x_BCHW, (left, right, top, bottom)), 0, 0
+    return F.conv2d(x_BCHW, weight, bias, conv.stride, (top, left), 1, conv.groups)
 
 
 def _position_channels(frequencies: int, like_BCHW: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Turns images, regions and conversations into the model's tensors, for training and inference.
 
-Shapes: B batch, T tokens, R regions, K region placeholders in a text, S side of the square input image in pixels,
-``gh gw`` refined grid.
+B batch, T tokens, R regions, K region placeholders in a text, S pixels of the square input's side, gh gw refined grid.
 """
 
 import re

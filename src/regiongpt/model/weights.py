@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -49,6 +51,9 @@ def load(
 ) -> Loaded:
     """Load a checkpoint folder, or nano, for evaluation; by default on the CPU, in the dtype that is stored.
 
+    With ``torch.int8`` the linear layers of the language model, but for its head, are :class:`Int8Linear`, the rest as
+    stored.
+
     CheckpointError where a file is missing, torn or of the wrong kind, or the weights are not exactly the finite
     numbers that ``config.json`` describes.
     """
@@ -58,11 +63,68 @@ def load(
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, RegionGPTConfig):
         raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
+    int8 = dtype == torch.int8
+    dtype = None if int8 else dtype  # as stored, weights are in memory only when they are read
     model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
     with reading(f"the processor of {folder}"):
         processor = RegionGPTProcessor.from_pretrained(folder, local_files_only=True)
     _check_pair(model.config, processor, folder)
+    if int8:
+        _to_int8(model.language_model.base_model, device or "cpu")
     return model.to(device or "cpu"), processor
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are int8 with a scale for each output, to be neither trained nor saved."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OI = linear.weight.detach()
+        scale_O1 = (weight_OI.abs().amax(1, keepdim=True).float() / 127).bfloat16().to(weight_OI.dtype)
+        scale_O1[scale_O1 == 0] = 1
+        rounded_OI = (weight_OI.float() / scale_O1).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded_OI.to(torch.int8))
+        self.register_buffer("scale", scale_O1)
+        self.bias = linear.bias
+        self.register_state_dict_pre_hook(_not_saved)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., O) of inputs (..., I)."""
+        outputs, inputs = self.weight.shape
+        if x.device.type == "cpu" and x.numel() <= _FEW * inputs and inputs % 32 == 0:
+            few, scale_O = x.reshape(-1, inputs).bfloat16(), self.scale.flatten().bfloat16()
+            y = torch._weight_int8pack_mm(few, self.weight, scale_O).to(x.dtype).view(*x.shape[:-1], outputs)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """ConfigError for training."""
+        if mode:
+            raise ConfigError("int8 weights cannot be trained; load the checkpoint in float32")
+        return super().train(mode)
+
+
+_FEW = 64
+"""Rows up to which the CPU's kernel for int8 is quicker than making floats again: 20 times for one row.
+
+The kernel takes inputs in multiples of 16.
+"""
+
+
+def _not_saved(*_: Any) -> None:
+    raise ConfigError("int8 weights cannot be saved or exported; load the checkpoint in another dtype")
+
+
+def _to_int8(decoder: nn.Module, device: str | torch.device) -> None:
+    linear = {name: each for name, each in decoder.named_modules() if type(each) is nn.Linear}
+    if not linear:
+        raise ConfigError(f"int8: {type(decoder).__name__} has no linear layers; give another dtype")
+    while linear:  # one is freed before the next is read
+        name, each = linear.popitem()
+        decoder.set_submodule(name, Int8Linear(each.to(device)).eval())
 
 
 def create(

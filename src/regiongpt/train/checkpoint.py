@@ -1,8 +1,7 @@
 """Atomic checkpoints of a stage; keeps the newest few and the best. Reading one runs no code in it.
 
-A folder ``checkpoint-N``, N the optimiser steps done, holds ``tensors.safetensors`` (trained tensors and AdamW's
-moments, whole), ``random-R.json`` (random state of process R), and ``stage.json`` (how far the stage is, and the
-settings that decide what is learned).
+``checkpoint-N``, N the optimiser steps done, holds ``tensors.safetensors`` (trained tensors, AdamW's moments),
+``random-R.json`` (random state of process R) and ``stage.json`` (progress, and the settings that decide each step).
 """
 
 import json

@@ -1,7 +1,6 @@
 """A recipe, from records to a model that answers (paper §3.2): stage 1, then stage 2.
 
-Stage 1 trains refinement and connector, stage 2 the language model too. A finished stage is skipped, an interrupted
-one resumes.
+Stage 1 trains refinement and connector, stage 2 the language model too. Finished stages are skipped, others resume.
 """
 
 import ctypes
@@ -249,10 +248,7 @@ def read_shape(folder: Path) -> RegionGPTConfig:
 
 @torch.no_grad()
 def _calibrate(model: Any, processor: Any, images: Sequence[Path]) -> None:
-    """Standardise, in place, what goes into refinement and connector, as measured on some images.
-
-    The connector's output layer is scaled so that what it writes begins with the length of a word.
-    """
+    """Standardise refinement's and connector's input, measured on images, and scale their output to a word's length."""
 
     def standardise(module: Any, samples: Sequence[Tensor]) -> None:
         values = torch.cat(list(samples)).double()  # (N, C), not yet standardised

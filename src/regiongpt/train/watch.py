@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -85,7 +84,7 @@ class Watch:
             rates = " and ".join(f"{value:.2e}" for value in dict.fromkeys(line["lr"].values()))
             told = f"loss {loss / len(lines):.4f}, lr {rates}, gradient norm {line['grad_norm']:.2f}, "
             left = tqdm.format_interval((steps - step) * seconds / len(lines))
-            told += f"{short(tokens / seconds)} tokens/s, {left} left"
+            told += f"{tqdm.format_sizeof(tokens / seconds)} tokens/s, {left} left"
             log.info("%s: step %d of %d, %s", self.name, step, steps, told)
 
     def measured(self, step: int, loss: float) -> None:
@@ -93,7 +92,9 @@ class Watch:
         self._write(DEV, {"step": step, "loss": loss}, {"dev/loss": loss})
 
     def _write(self, name: str, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
-        _append(self.folder / name, line)
+        path = self.folder / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(_line(line))
         if self._board is not None:
             for title, value in scalars.items():
                 self._board.add_scalar(title, value, line["step"])
@@ -113,11 +114,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     return found
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(_line(line))
 
 
 def _line(values: Mapping[str, Any]) -> str:
@@ -141,11 +137,3 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
         before = list(read_json(out / RUN)["starts"])
     notes = {"config": recipe.model_dump(mode="json"), "data": data, "starts": [*before, start]}
     write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
-
-
-def short(value: float) -> str:
-    """A number in few characters: ``1.23k``, ``0.034``, ``2e-05``."""
-    for least, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if least <= abs(value) < math.inf:
-            return f"{value / least:.3g}{prefix}"
-    return f"{value:.3g}"
