@@ -5,7 +5,7 @@ classes. The language model then learns to name what can be told, and to say les
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,13 @@ class Words(NamedTuple):
 
 
 def words_of(
-    images: Sequence[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, words: ClassWords, sure: float
+    images: Sequence[ImageAnnotations],
+    store: FeatureStore,
+    model: Any,
+    processor: Any,
+    words: ClassWords,
+    sure: float,
+    held: Container[int],
 ) -> Words:
     """Find words of which the share ``sure`` would be true, for every object of the images.
 
@@ -55,19 +61,23 @@ def words_of(
         processor: Its processor.
         words: Names of the classes, with the shares that they have among the objects.
         sure: The share of an object's names, of those with its certainty or more, that must be true, in (0, 1).
+        held: Ids of images that the model has not learned from, by whose objects it is measured.
     """
     ids, classes, found = certainties(images, store, model, processor, words)
+    unseen = np.array([image in held for image, _ in ids])
     spoken = []
     for shares in found:
         named = shares.argmax(1) == classes
-        least = certainty(shares.max(1), named, sure)
+        least = certainty(shares.max(1)[unseen], named[unseen], sure)
         wide = group_shares(shares)
         open_ = shares.max(1) < least
         group = _GROUP_OF[classes]
         right = (wide.argmax(1) == group) & (group < len(GROUPS))
-        least_wide = certainty(wide.max(1)[open_], right[open_], sure)
+        judged = open_ & unseen
+        least_wide = certainty(wide.max(1)[judged], right[judged], sure)
         wider = open_ & (wide.max(1) >= least_wide)
-        told = (100 * (1 - open_.mean()), least, 100 * wider.mean(), least_wide)
+        count = max(1, unseen.sum())
+        told = (100 * (1 - judged.sum() / count), least, 100 * wider[unseen].sum() / count, least_wide)
         log.info("naming: %.0f %% of the objects by class (certainty %.2f), %.0f %% by a wider word (%.2f)", *told)
         spoken.append(
             {ids[k]: NAMES[group[k]] if wider[k] else OBJECT for k in np.flatnonzero(open_)}  # the rest by their class

@@ -108,6 +108,8 @@ class NanoStageConfig(StageConfig):
 
     alignment: NonNegativeFloat = 0.0
     """Weight of a region's alignment with its class's name, in supervised tokens."""
+    pooled_epochs: NonNegativeFloat = 0.0
+    """Passes over all objects by their pooled features, before the first map; of ``align`` alone."""
 
 
 class NanoRecipe(Recipe):

@@ -16,6 +16,7 @@ from conversations import ConversationSampler
 from dataset import EXTRAS, ConversationDataset
 from features import FeatureStore, build_features
 from naming import Words, words_of
+from pooled import pool, train_pooled
 from reading import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import NanoRecipe, NanoStageConfig
 from transformers import LlamaForCausalLM, set_seed
@@ -32,6 +33,9 @@ from regiongpt.train.stages import check_shape, create_start, save_whole, train_
 from regiongpt.train.watch import note_run
 
 log = logging.getLogger("nano")
+
+HELD = 12
+"""One image in so many is left out before stage 2, and shows which names of unseen objects are true."""
 
 WORTH_A_PROCESS = 1_000
 """Images from which on features are cached beside the language step."""
@@ -68,7 +72,9 @@ def _train(config: NanoRecipe) -> Path:
     set_seed(config.seed)  # whether the language model was made by this call or by an earlier one
     store = start_features(config, language, start, whole)
     check_shape(config.model.replace(language=str(language)), start)
-    store = store.part(whole, images) if config.features.root else store
+    earlier = [image for k, image in enumerate(images) if k % HELD or not config.sure] or images
+    earlier_store = store.part(whole, earlier)
+    store = store.part(whole, images)
 
     finished = start
     for name in config.all_steps[1:]:
@@ -83,11 +89,16 @@ def _train(config: NanoRecipe) -> Path:
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
             asking, spoken = sampler, None
+            learned, rows = (images, store) if name == "stage2" else (earlier, earlier_store)
+            if name == "align" and stage.pooled_epochs:
+                pooled = pool(learned, rows, model, config.features)
+                train_pooled(model, words, pooled, stage, stage.pooled_epochs, config.seed)
             if name == "stage2" and config.sure:
-                spoken = words_of(images, store, model, processor, words, config.sure)
+                held = {image.image_id for image in images[::HELD]}
+                spoken = words_of(images, store, model, processor, words, config.sure, held)
                 asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
             return {
-                "dataset": conversations_of(config, stage, images, store, asking, processor, grid, spoken),
+                "dataset": conversations_of(config, stage, learned, rows, asking, processor, grid, spoken),
                 "collate": DataCollator(processor, EXTRAS),
                 "loss": partial(visual_loss, words, stage.alignment, name != "align"),
                 "dev": dev_conversations(config, sampler, model, processor),

@@ -58,7 +58,7 @@ def test_the_words_of_objects_are_true_and_as_many_as_asked_for(nano_like, sure)
     images = [annotated(*objects)]
     features = torch.randn(1, 1, 352 + 4 * 120 + 4 * 48 + 16, 2, 2, generator=torch.Generator().manual_seed(0))
     store = FeatureStore(features.half().numpy(), [{}])
-    found = words_of(images, store, model, processor, ClassWords(processor.tokenizer), sure)
+    found = words_of(images, store, model, processor, ClassWords(processor.tokenizer), sure, {1})
     assert found.fast == found.careful
     rows = found.confused.sum(1)
     assert rows[COCO_80.index("dog")] == pytest.approx(1)
