@@ -21,9 +21,7 @@ def test_every_question_is_answered_the_cat_is_named_and_one_picture_shows_all_s
             found.setdefault(name, []).append((question, line[5:]))
     assert len(found) == 4
     assert all(answer.strip() for asked in found.values() for _, answer in asked)
-    question, answer = found["chelsea.png"][0]
-    assert "<region1>" in question
-    assert "cat" in answer
+    assert ("Is <region1> a cat?", "Yes, it is a cat.") in found["chelsea.png"]
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width >= 1000
         assert picture.height >= 800
