@@ -152,9 +152,7 @@ class Classified:
 
     label: str  # the most probable choice
     probability: float
-    probabilities: dict[
-        str, float
-    ]  # by choice, in the order given, summing to 1; with top_k the best alone, best first
+    probabilities: dict[str, float]  # as the choices are ordered, summing to 1; with top_k the best alone, best first
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable choices with their probabilities, best first."""
