@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from converting import annotation, write_coco
+from PIL import Image
 
 from regiongpt import cli
 from regiongpt.data.shards import RecordSet
@@ -65,6 +66,20 @@ def test_what_is_left_out_is_counted_by_kind(run, tmp_path: Path):
     assert counted == json.loads((out / "manifest.json").read_text())["rejects"]
     assert len(counted) == len(lines) == 3
     assert "12 regions" in printed, "whatever is good is kept"
+
+
+def test_images_are_measured_as_they_are_now(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the same relative name, in another folder or written anew in the same process."""
+    for size, regions in (((50, 20), 0), ((40, 20), 12)):
+        for folder in ("one", "two"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            monkeypatch.chdir(tmp_path / folder)
+            write_coco(Path(), [annotation(n, [3 * n, 5, 3, 9]) for n in range(1, 13)])
+            for number in (1, 2):
+                Image.new("RGB", size).save(f"images/{number}.png")
+            code, printed, err = run(*COCO, "instances.json", "--out", "records", "--overwrite")
+            assert (code, err) == (0, "")
+            assert f" {regions} regions" in printed
 
 
 def test_strict_fails_at_the_first(run, tmp_path: Path):

@@ -1,11 +1,9 @@
 """Source files entry by entry, and the checks of what they hold. What cannot be used raises ``Fault``."""
 
 import json
-import os
 import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, TypeGuard
@@ -130,7 +128,18 @@ def check_image(path: str | Path, width: int | None = None, height: int | None =
 
     Fault where it is missing, cannot be read, or is not of the stated width and height.
     """
-    found = _measured(os.fspath(path))  # text is many times as fast to look up as a Path
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            # Asking every image for EXIF would decode those without it whole.
+            tagged = image.format == "TIFF" or not image.info.keys().isdisjoint(("exif", "xmp"))
+            sideways = tagged and image.getexif().get(0x0112) in (5, 6, 7, 8)
+            found = (image.height, image.width) if sideways else (image.width, image.height)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Fault("image file missing", f"expected an image at {path}, found none") from None
+    except Exception as error:  # header parsers raise nearly every built-in exception on broken data
+        raise Fault("unreadable image", f"{path}: PIL cannot open it ({reason(error)})") from None
     if found != (width or found[0], height or found[1]):
         expected = f"expected {width} x {height} pixels (W x H) as annotated"
         raise Fault("image of another size", f"{expected}, got {found[0]} x {found[1]} in {path}")
@@ -143,23 +152,6 @@ def known_size(path: str | Path) -> tuple[int, int] | None:
         return check_image(path)
     except Fault:
         return None
-
-
-@lru_cache(maxsize=1 << 16)  # errors are not cached: a missing image may come to be there
-def _measured(path: str) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Asking every image for EXIF would decode those without it whole.
-            tagged = image.format == "TIFF" or not image.info.keys().isdisjoint(("exif", "xmp"))
-            sideways = tagged and image.getexif().get(0x0112) in (5, 6, 7, 8)
-            return (height, width) if sideways else (width, height)
-    except (FileNotFoundError, NotADirectoryError):
-        raise Fault("image file missing", f"expected an image at {path}, found none") from None
-    except Exception as error:  # header parsers raise nearly every built-in exception on broken data
-        raise Fault("unreadable image", f"{path}: PIL cannot open it ({reason(error)})") from None
 
 
 # -- Typed rows --------------------------------------------------------------------------------------------------------
