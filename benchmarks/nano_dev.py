@@ -99,7 +99,7 @@ def presence_questions(images: Sequence[ImageAnnotations], seed: int) -> list[De
         rng, view = np.random.default_rng((seed, index)), View(image)
         here = sorted(view.by_category)
         for turn, k in enumerate(rng.permutation(len(here))[:2]):
-            absent = statistics.absent(rng, view, tempting=turn == 0)
+            absent = statistics.absent(rng, view, "any" if turn else "tempting")
             kinds = ("present", "tempting" if turn == 0 else "random")
             for category, answer, kind in zip((here[k], absent), ("yes", "no"), kinds, strict=True):
                 if category is not None:

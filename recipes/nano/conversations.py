@@ -8,6 +8,7 @@ Paper: §3.2, Table 1.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from expressions import distinctions, express, fitting_expression
@@ -67,6 +68,11 @@ CANDIDATES = (2, 3, 3, 4, 4, 5, 5, 5, 5, 6, 7, 8)
 NO_MATCH_SHARE = 0.15
 # Names in a question about several of them: this many present, and as many absent.
 MOST_ASKED = 5
+# How the absent classes of presence questions are drawn. A class is asked for in vain about as often as it is there:
+# from absent ones drawn evenly it learned that whatever is common is there.
+ABSENT = ("tempting", "common", "any")
+# Of a class with more objects than this, fewer are asked for their class, by this power of the ratio.
+FREQUENT, THINNED = 1000, 0.4
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
@@ -128,19 +134,32 @@ class ClassStatistics:
             together[np.ix_(rows, rows)] += 1
         return cls(boxes, together)
 
-    def absent(self, rng: np.random.Generator, view: View, tempting: bool) -> str | None:
-        """A class that is certainly absent from the view: any, or one that a present one goes with or is taken for."""
-        open_ = np.array([name not in view.by_category and name not in view.maybe for name in COCO_80], dtype=float)
-        if tempting:
-            here = [_INDEX[name] for name in view.by_category]
-            images = np.maximum(self.together.diagonal(), 1.0)
-            pull = (self.together[here] / images[here, None]).sum(axis=0) if here else images
-            if self.confused is not None and here:
-                taken = self.confused[here].sum(axis=0) * open_
-                pull = pull / max((pull * open_).sum(), 1e-6) + taken / max(taken.sum(), 1e-6)
-            open_ *= pull + 1e-6
-        total = open_.sum()
-        return COCO_80[int(rng.choice(80, p=open_ / total))] if total > 0 else None
+    def absent(self, rng: np.random.Generator, view: View, how: str) -> str | None:
+        """A class that is certainly absent from the view: "any"; "common", as often as images hold it; or "tempting".
+
+        A tempting one goes with a class that is there, or is what that is taken for.
+        """
+        weights = np.array([name not in view.by_category and name not in view.maybe for name in COCO_80], dtype=float)
+        images = np.maximum(self.together.diagonal(), 1.0)
+        here = [_INDEX[name] for name in view.by_category]
+        if how == "common" or (how == "tempting" and not here):
+            weights *= images
+        elif how == "tempting":
+            pull = (self.together[here] / images[here, None]).sum(axis=0)
+            if self.confused is not None:
+                taken = self.confused[here].sum(axis=0) * weights
+                pull = pull / max((pull * weights).sum(), 1e-6) + taken / max(taken.sum(), 1e-6)
+            weights *= pull + 1e-6
+        total = weights.sum()
+        return COCO_80[int(rng.choice(80, p=weights / total))] if total > 0 else None
+
+    def taken_for(self, rng: np.random.Generator, category: str) -> str:
+        """Another class: half of the time one that the class is taken for, where measured, else as common as any."""
+        weights = np.sqrt(self.boxes + 1)
+        if self.confused is not None and rng.random() < 0.5:
+            weights = self.confused[_INDEX[category]] + 1e-6
+        weights = weights * np.array([other != category for other in COCO_80])
+        return COCO_80[int(rng.choice(80, p=weights / weights.sum()))]
 
 
 @dataclass(frozen=True)
@@ -219,7 +238,8 @@ class ConversationSampler:
         for task, mean in self.mix.items():
             turns = int(mean + rng.random())
             if task == "classify":
-                plans += [self._classify(rng, each, (words or {}).get(each.id, "")) for each in chosen[:turns]]
+                asked = [each for each in chosen[:turns] if rng.random() < self._asked[each.category]]
+                plans += [self._classify(rng, each, (words or {}).get(each.id, "")) for each in asked]
             elif task in ("describe", "caption"):
                 # From the far end, so that a described object has seldom been classified in another turn.
                 taken = sum(plan is not None and plan.task in ("describe", "caption") for plan in plans)
@@ -229,6 +249,12 @@ class ConversationSampler:
                 plans += [makers[task]() for _ in range(turns)]
         made = [plan for plan in plans if plan] or [plan for plan in [self._presence(rng, view)] if plan]
         return _write(rng, view, made, self.outline_share)
+
+    @cached_property
+    def _asked(self) -> dict[str, float]:
+        """The share of the objects of each class that is asked for its class."""
+        kept = (FREQUENT / np.maximum(self.statistics.boxes, FREQUENT)) ** THINNED
+        return dict(zip(COCO_80, kept.tolist(), strict=True))
 
     def _choose(self, rng: np.random.Generator, view: View) -> list[ViewObject]:
         """Objects to ask about, in random order weighted to rare classes (keys u^(1/w), drawn without replacement)."""
@@ -257,7 +283,7 @@ class ConversationSampler:
         if there and rng.random() < self.present_share:
             category = pick(rng, there)
         else:
-            category = self.statistics.absent(rng, view, tempting=rng.random() < 0.5)
+            category = self.statistics.absent(rng, view, pick(rng, ABSENT))
         if category is None:
             return None
         text = question("presence", int(rng.integers(10)), category=category)
@@ -265,13 +291,11 @@ class ConversationSampler:
         return _Plan("presence", (), lambda numbers: (text, answer))
 
     def _check(self, rng: np.random.Generator, chosen: Sequence[ViewObject], named: bool) -> _Plan | None:
-        """Whether an object is of a class: its own, or one that is as common as those of other objects."""
+        """Whether an object is of a class: its own, or another."""
         if not chosen:
             return None
-        each, name = pick(rng, chosen), ""
-        if rng.random() < 0.5:
-            weights = np.sqrt(self.statistics.boxes + 1) * np.array([other != each.category for other in COCO_80])
-            name = COCO_80[int(rng.choice(80, p=weights / weights.sum()))]
+        each = pick(rng, chosen)
+        name = self.statistics.taken_for(rng, each.category) if rng.random() < 0.5 else ""
         wording = CHECKED["yes"] if not name else CHECKED["no"] if named else OTHER
         answer = wording.format(a=with_article(noun(each.category)))
         return _common(rng, "check", (each,), answer, a=with_article(noun(name or each.category)))
@@ -281,7 +305,7 @@ class ConversationSampler:
         there = sorted(set(view.by_category) - view.maybe)
         asked = {there[k]: "yes" for k in rng.permutation(len(there))[:MOST_ASKED]}
         for turn in range(max(1, len(asked))):
-            absent = self.statistics.absent(rng, view, tempting=turn % 2 == 0)
+            absent = self.statistics.absent(rng, view, ABSENT[turn % len(ABSENT)])
             if absent is not None:
                 asked[absent] = "no"
         if not asked:
@@ -339,7 +363,7 @@ class ConversationSampler:
                     free = [name for name in COLOURS if not any(clashing(name, other) for other in alike)]
                     if free:
                         return with_article(noun(each.category, pick(rng, free)))
-        category = self.statistics.absent(rng, view, tempting=rng.random() < 0.5)
+        category = self.statistics.absent(rng, view, pick(rng, ("any", "tempting")))
         if category is None:
             return None
         word = noun(category)

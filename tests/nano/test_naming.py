@@ -76,8 +76,26 @@ def test_what_is_taken_for_a_present_class_is_asked_about_and_yes_as_often_as_se
     confused[COCO_80.index("dog"), COCO_80.index("cat")] = 1.0
     rng = np.random.default_rng(0)
     tempting = replace(statistics, confused=confused)
-    assert {tempting.absent(rng, View(image), True) for _ in range(20)} == {"cat"}
-    assert len({statistics.absent(rng, View(image), True) for _ in range(20)}) > 5
+    assert {tempting.absent(rng, View(image), "tempting") for _ in range(20)} == {"cat"}
+    assert len({statistics.absent(rng, View(image), "tempting") for _ in range(20)}) > 5
     sampler = ConversationSampler(statistics, mix={"presence": 50}, present_share=0.9)
     answers = [m["content"] for m in sampler.sample(View(image), {}, 0, 0, 0).messages[1::2]]
     assert 40 <= sum(answer.startswith("Yes") for answer in answers) < 50
+
+
+def test_common_classes_are_asked_for_in_vain_too_and_frequent_ones_classified_less():
+    crowd = [annotated(*[("person", (k, 10, k + 8, 50)) for k in range(0, 80, 8)]) for _ in range(300)]
+    image = annotated(("dog", (10, 10, 40, 50)))
+    statistics = ClassStatistics.of([*crowd, image])
+    rng = np.random.default_rng(0)
+    drawn = {how: [statistics.absent(rng, View(image), how) for _ in range(40)] for how in ("common", "any")}
+    assert drawn["common"].count("person") > 25 > 5 > drawn["any"].count("person")
+    assert "dog" not in drawn["common"] + drawn["any"]
+    confused = np.zeros((80, 80))
+    confused[COCO_80.index("dog"), COCO_80.index("cat")] = 1.0
+    taken = [replace(statistics, confused=confused).taken_for(rng, "dog") for _ in range(40)]
+    assert 10 < taken.count("cat") < 40
+    assert "dog" not in taken
+    sampler = ConversationSampler(statistics, mix={"classify": 10})
+    tasks = [len(sampler.sample(View(each), {}, 0, k, 0).tasks) for k, each in enumerate(crowd[:40])]
+    assert 5 < np.mean(tasks) < 8, "of 3,000 people, (1000 / 3000) ** 0.4 are asked about"
