@@ -1,14 +1,16 @@
 """Time what a person waits for: ``regiongpt ask`` from a cold start, and answers of a predictor that is loaded.
 
     python benchmarks/latency.py --out latency.json
+    python benchmarks/latency.py --cold 5 --warm 0 --other /path/to/other/src
 
 A cold run is a process of its own, from the command to its exit: imports, weights, image, answer. The files it reads
 may be in the system's cache from the run before, so the first run is also given apart. CPU seconds are those of the
-process, user and system, beside those of one that imports torch and ends. Warm answers come from one
-predictor, which has answered once before the clock runs.
+process, user and system, beside those of one that imports torch and ends and of the other build. Warm answers come from
+one predictor, which has answered once before the clock runs.
 """
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -49,18 +51,25 @@ def ask_command(image: Path, question: str, box: str, model: Path | None, device
     return command
 
 
-def cold(command: Sequence[str], runs: int) -> dict[str, Any]:
+def cold(command: Sequence[str], runs: int, other: Path | None = None) -> dict[str, Any]:
     """Seconds of each run, the answer, and CPU seconds of each run and, in turn with it, of importing torch alone.
+
+    With the ``src`` folder of another build, of the same command by that one too.
 
     Raises:
         RuntimeError: the command failed.
     """
-    taken: dict[str, list[float]] = {"seconds": [], "cpu_seconds": [], "torch_cpu_seconds": []}
+    commands: list[tuple[str, Sequence[str], dict[str, str]]] = [
+        ("torch_", [sys.executable, "-c", "import torch"], {}),
+        *([("other_", command, {"PYTHONPATH": str(other)})] if other else []),
+        ("", command, {}),
+    ]
+    taken: dict[str, list[float]] = {"seconds": [], **{f"{name}cpu_seconds": [] for name, *_ in commands}}
     progress = Progress("cold", runs, "runs")
     for _ in range(runs):
-        for name, words in (("torch_", [sys.executable, "-c", "import torch"]), ("", command)):
+        for name, words, settings in commands:
             began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = subprocess.run(words, capture_output=True, text=True)
+            done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **settings})
             seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
@@ -121,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--cold", type=int, default=3, metavar="N", help="cold runs (default: 3)")
     parser.add_argument("--warm", type=int, default=10, metavar="N", help="warm runs of each kind (default: 10)")
+    parser.add_argument("--other", type=Path, help="src folder of another build whose cold runs to time in turn")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(argv)
     if options.cold < 0 or options.warm < 0:
@@ -145,8 +155,10 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = options.image or (photograph(Path(folder)) if options.cold + options.warm else Path())
         if options.cold:
-            results["cold_ask"] = found = cold(ask_command(image, **asked), options.cold)
-            print(f"CPU seconds: {found['cpu_seconds']:.2f}; of importing torch: {found['torch_cpu_seconds']:.2f}")
+            results["cold_ask"] = found = cold(ask_command(image, **asked), options.cold, options.other)
+            whose = {"": "this build", "other_": "the other", "torch_": "importing torch"}
+            told = (f"{each} {found[f'{k}cpu_seconds']:.2f}" for k, each in whose.items() if f"{k}cpu_seconds" in found)
+            print(f"CPU seconds: {', '.join(told)}")
         if options.warm:
             results["warm"] = warm(image, runs=options.warm, **asked)
     if results:
