@@ -101,7 +101,7 @@ def conversations(
 def measure_packing(
     recipe: NanoRecipe, images: Any, store: FeatureStore, model: Any, processor: Any, rounds: int, mixed: bool
 ) -> dict[str, Any]:
-    """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
+    """Tokens a second of each way, and ratios with their deviation over the rounds; the ways take turns."""
     size = recipe.stage2.micro_batch_size
     padded = DataCollator(processor, EXTRAS)
     text = model.config.text_config
@@ -119,11 +119,12 @@ def measure_packing(
         "packed": (batches, packed, True),
     }
     ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate, _) in ways.items()}
-    seconds: dict[str, list[float]] = {name: [float("inf")] * count for name in ways}
+    seconds = {name: np.zeros(rounds) for name in ways}
     sums: dict[str, list[float]] = {name: [0.0] * count for name in ways}
     device = next(model.parameters()).device
     progress = Progress("packing", rounds * len(ways) * count, "steps")
-    for number in [*range(count)] * rounds:
+    for turn in range(rounds * count):
+        number = turn % count
         for name, (_, _, in_units) in ways.items():
             batch = {key: value for key, value in ready[name][number].items() if key != "tasks"}
             with units_on_cpu(model.language_model, device) if in_units else nullcontext():
@@ -132,7 +133,7 @@ def measure_packing(
                 value = loss(model, batch, targets_in(batch))
                 value.backward()
                 sums[name][number] = float(value.detach())
-                seconds[name][number] = min(seconds[name][number], time.perf_counter() - began)
+                seconds[name][turn // count] += time.perf_counter() - began
             progress.add()
     result: dict[str, Any] = {"conversations": size * count, "micro_batch_size": size, "ways": {}}
     for name, (chosen, _, _) in ways.items():
@@ -142,13 +143,14 @@ def measure_packing(
         result["ways"][name] = {
             "tokens": tokens,
             "tokens_computed": tokens if name == "packed" else round(padding * tokens),
-            "tokens_a_second": tokens / sum(seconds[name]),
-            "seconds": seconds[name],
+            "tokens_a_second": tokens * rounds / seconds[name].sum(),
+            "seconds": seconds[name].tolist(),
             "loss": sum(sums[name]) / count,
         }
-    rates = {name: way["tokens_a_second"] for name, way in result["ways"].items()}
-    result["packed_over_padded"] = rates["packed"] / rates["padded"]
-    result["packed_over_padded_in_groups"] = rates["packed"] / rates["padded_in_groups"]
+    for other in ("padded", "padded_in_groups"):
+        tokens = result["ways"]["packed"]["tokens"] / result["ways"][other]["tokens"]
+        times = tokens * seconds[other] / seconds["packed"]
+        result[f"packed_over_{other}"] = [float(times.mean()), float(times.std())]
     return result
 
 
@@ -262,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of annotated photographs, as for `regiongpt train`")
     parser.add_argument("--micro-batch", type=int, default=0, help="conversations in a batch; the recipe's where 0")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each way of batching is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way of batching is measured")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of real training")
     parser.add_argument("--threads", type=int, default=0, help="of the arithmetic; as many as PyTorch takes where 0")
     parser.add_argument("--large", action="store_true", help="measure the large model, for which a GPU is needed")
@@ -304,7 +306,7 @@ def main() -> None:
                 for name, way in found_here["ways"].items():
                     print(f"  {name:18}{way['tokens_a_second']:10,.0f} tokens a second, loss {way['loss']:.4f}")
                 for name in ("packed_over_padded", "packed_over_padded_in_groups"):
-                    print(f"  {name}: {found_here[name]:.2f}")
+                    print("  {}: {:.2f} +- {:.2f}".format(name, *found_here[name]))
             result["training"] = measure_steps(recipe, images, store, model, processor, options.steps)
             for name, value in result["training"].items():
                 print(f"{name}: {value:.4g}")

@@ -72,7 +72,7 @@ MOST_ASKED = 5
 # from absent ones drawn evenly it learned that whatever is common is there.
 ABSENT = ("tempting", "common", "any")
 # Of a class with more objects than this, fewer are asked for their class, by this power of the ratio.
-FREQUENT, THINNED = 1000, 0.4
+FREQUENT, THINNED = 1000, 0.2
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from conversations import Conversation, ConversationSampler, of_blank
-from features import FeatureStore, plan_views
+from features import FeatureStore, blurred, plan_views
 from naming import Words
 from recipe import FeatureConfig
 from torch.utils.data import Dataset
@@ -51,6 +51,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         isolated_share: Share of the conversations whose turns do not see each other.
         image_grid: Rows and columns of the image tokens.
         words: What to call objects; any by its class when None.
+        blur: As :func:`features.blurred` takes it, for the image's features and the crops'.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         isolated_share: float,
         image_grid: tuple[int, int],
         words: Words | None = None,
+        blur: float = 0.0,
     ) -> None:
         self.images, self.store, self.sampler, self.processor = images, store, sampler, processor
         self.features, self.seed, self.items = features, seed, items
         self.group, self.isolated_share = group, isolated_share
-        self.image_grid, self.words = image_grid, words
+        self.image_grid, self.words, self.blur = image_grid, words, blur
         self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
@@ -84,7 +86,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         example: dict[str, Any] = self.processor.encode_conversation(
             conversation.messages, regions=conversation.regions, image_size=(round(view.width), round(view.height))
         )
-        example["vision_features"] = self.store.row(index, number) if features is None else features
+        seen = self.store.row(index, number) if features is None else features
+        example["vision_features"] = blurred(seen, self.blur, self.seed, 13, item)
         example["region_classes"] = torch.tensor(
             [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
         ).repeat_interleave(self.processor.tokens_per_region)
@@ -92,7 +95,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if self.store.crops is not None and conversation.objects:
             image = self.images[index].image_id
             rows = np.stack([self.store.crops[image, each] for each in conversation.objects]).astype(np.float32)
-            crops = torch.from_numpy(rows)
+            of = (self.seed, 19, item)
+            crops = torch.stack([blurred(each, self.blur, *of, k) for k, each in enumerate(torch.from_numpy(rows))])
             if features is not None:  # of a blank image every crop looks alike
                 crops[:] = features[: crops.shape[1]].mean((1, 2))
             crops[torch.tensor([self.without_crop(item, each) for each in conversation.objects])] = 0

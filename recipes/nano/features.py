@@ -191,6 +191,16 @@ def build_crops(
     return dict(zip(ids, rows, strict=True))
 
 
+def blurred(features: torch.Tensor, blur: float, *of: int) -> torch.Tensor:
+    """Features (C, ...) with each channel times 1 + ``blur`` x a normal number, drawn for ``of``.
+
+    The tower's features of the training images are known so well after some epochs that certainty means less on others.
+    """
+    drawn = np.random.default_rng(of).standard_normal(len(features)).astype(np.float32)
+    factors = torch.from_numpy(1 + blur * drawn)
+    return features * factors.reshape(-1, *[1] * (features.dim() - 1))
+
+
 def blank_images() -> list[Image.Image]:
     """Images that show nothing: one colour, or noise."""
     colours = ((0, 0, 0), (255, 255, 255), (127, 127, 127), (200, 30, 30), (30, 60, 200))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from alignment import SHARPNESS, ClassWords, likeness
-from features import FeatureStore
+from features import FeatureStore, blurred
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,6 +51,7 @@ def words_of(
     words: ClassWords,
     sure: float,
     held: Container[int],
+    blur: float = 0.0,
 ) -> Words:
     """Find words of which the share ``sure`` would be true, for every object of the images.
 
@@ -62,8 +63,9 @@ def words_of(
         words: Names of the classes, with the shares that they have among the objects.
         sure: The share of an object's names, of those with its certainty or more, that must be true, in (0, 1).
         held: Ids of images that the model has not learned from, by whose objects it is measured.
+        blur: As stage 2 blurs features.
     """
-    ids, classes, found = certainties(images, store, model, processor, words)
+    ids, classes, found = certainties(images, store, model, processor, words, blur)
     unseen = np.array([image in held for image, _ in ids])
     spoken = []
     for shares in found:
@@ -100,7 +102,12 @@ def certainty(scores: NDArray[np.float32], right: NDArray[np.bool_], sure: float
 
 @torch.no_grad()
 def certainties(
-    images: Sequence[ImageAnnotations], store: FeatureStore, model: Any, processor: Any, words: ClassWords
+    images: Sequence[ImageAnnotations],
+    store: FeatureStore,
+    model: Any,
+    processor: Any,
+    words: ClassWords,
+    blur: float = 0.0,
 ) -> tuple[list[tuple[int, int]], NDArray[np.int64], list[NDArray[np.float32]]]:
     """Ids and classes (N,) of all objects, and probabilities (N, 80) of the classes: fast, and careful if possible."""
     names, common = words(model.get_input_embeddings().weight), words.shares.sqrt().log()
@@ -114,11 +121,16 @@ def certainties(
         if not objects:
             continue
         own = [(image.image_id, each.id) for each in objects]
-        refined = model.refine(store.row(index, 0)[None])
+        refined = model.refine(blurred(store.row(index, 0), blur, 13, abs(image.image_id))[None])
         weights = processor.region_inputs([Region.box(*each.box) for each in objects], image.width, image.height)
         seen: list[Tensor | None] = [None]
         if store.crops is not None:
-            seen.append(torch.from_numpy(np.stack([store.crops[each] for each in own]).astype(np.float32))[None])
+            rows = [torch.from_numpy(store.crops[each].astype(np.float32)) for each in own]
+            seen.append(
+                torch.stack([blurred(row, blur, 19, *map(abs, each)) for row, each in zip(rows, own, strict=True)])[
+                    None
+                ]
+            )
         for crops, into in zip(seen, found, strict=True):
             written.clear()
             model.region_features(refined, weights[None], crops)

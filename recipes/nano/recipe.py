@@ -126,6 +126,8 @@ class NanoRecipe(Recipe):
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of class names that must be true for stage 2 to say them in sentences, instead of a wider word; 0 to name
     every object."""
+    blur: NonNegativeFloat = 0.0
+    """Spread of the factors by which the channels of cached features are multiplied in training."""
     data: PhotoConfig = PhotoConfig()
     model: NanoModelConfig = NanoModelConfig()
     features: FeatureConfig = FeatureConfig()

@@ -95,7 +95,7 @@ def _train(config: NanoRecipe) -> Path:
                 train_pooled(model, words, pooled, stage, stage.pooled_epochs, config.seed)
             if name == "stage2" and config.sure:
                 held = {image.image_id for image in images[::HELD]}
-                spoken = words_of(images, store, model, processor, words, config.sure, held)
+                spoken = words_of(images, store, model, processor, words, config.sure, held, config.blur)
                 asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
             return {
                 "dataset": conversations_of(config, stage, learned, rows, asking, processor, grid, spoken),
@@ -164,7 +164,7 @@ def conversations_of(
     """The conversations of a stage, all its epochs."""
     items = max(1, round(stage.epochs * len(images)))
     shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
-    return ConversationDataset(images, store, sampler, processor, *shape, words)
+    return ConversationDataset(images, store, sampler, processor, *shape, words, config.blur)
 
 
 def dev_conversations(
