@@ -40,7 +40,7 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import Loop, targets_in
-from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
+from regiongpt.train.packing import PackedCollate, in_units
 from regiongpt.train.plan import costs_of
 from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.stages import keep_freed_memory
@@ -104,8 +104,7 @@ def measure_packing(
     """Tokens a second of each way, by the fastest round of each batch; the ways take turns."""
     size = recipe.stage2.micro_batch_size
     padded = DataCollator(processor, EXTRAS)
-    text = model.config.text_config
-    packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
+    packed = PackedCollate(padded)
     loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
     drawn = conversations(recipe, images, store, model, processor, 1, mixed)
     grouped = conversations(recipe, images, store, model, processor, size, mixed)
@@ -121,12 +120,11 @@ def measure_packing(
     ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate, _) in ways.items()}
     seconds: dict[str, list[float]] = {name: [float("inf")] * count for name in ways}
     sums: dict[str, list[float]] = {name: [0.0] * count for name in ways}
-    device = next(model.parameters()).device
     progress = Progress("packing", rounds * len(ways) * count, "steps")
     for number in [*range(count)] * rounds:
-        for name, (_, _, in_units) in ways.items():
+        for name, (_, _, packs) in ways.items():
             batch = {key: value for key, value in ready[name][number].items() if key != "tasks"}
-            with units_on_cpu(model.language_model, device) if in_units else nullcontext():
+            with in_units(model.language_model) if packs else nullcontext():
                 began = time.perf_counter()
                 model.zero_grad()
                 value = loss(model, batch, targets_in(batch))

@@ -27,7 +27,7 @@ from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
 from regiongpt.train import checkpoint
 from regiongpt.train.checkpoint import Checkpoints, Progress
-from regiongpt.train.packing import Collate, Example, PackedCollate, require_packable, units_on_cpu, width_cost
+from regiongpt.train.packing import Collate, Example, PackedCollate, in_units, require_packable
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.watch import Watch, read_tally, tally
 
@@ -92,11 +92,9 @@ class Loop:
         self.units: Any = nullcontext()
         own: Any = model
         if self.engine.packing and hasattr(model, "embed"):  # text in windows of one length is full already
-            text = own.config.text_config
-            require_packable(text)
-            longest = getattr(text, "max_position_embeddings", None) or 1 << 30
-            self.collate = PackedCollate(collate, longest, width_cost(text))
-            self.units = units_on_cpu(own.language_model, self.device)
+            require_packable(own.language_model)
+            self.collate = PackedCollate(collate)
+            self.units = in_units(own.language_model)
         if self.engine.gradient_checkpointing:
             # Newer releases of transformers call it by another name, and warn at the old one.
             enable = getattr(model, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
