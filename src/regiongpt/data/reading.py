@@ -189,7 +189,6 @@ Side = Annotated[
 ]
 ImageName = Annotated[str, BeforeValidator(image_name)]
 Expression = Annotated[str, BeforeValidator(lambda value: plain_text(value, "expression"))]
-Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "caption"))]
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

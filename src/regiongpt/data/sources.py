@@ -46,7 +46,6 @@ CONVERTERS: Final[dict[str, str]] = {
     "vg": "visual_genome:VisualGenomeConverter",
     "refcoco": "refcoco:RefCocoConverter",
     "llava": "chat:LlavaConverter",
-    "region_captions": "chat:RegionCaptionsConverter",
     "jsonl": "chat:JsonlConverter",
 }
 """Module and class of each converter, imported when it is asked for."""
