@@ -11,7 +11,6 @@ from regiongpt.data.chat import JsonlConverter, LlavaConverter
 from regiongpt.data.shards import Rejects, usable
 from regiongpt.errors import DataError
 from regiongpt.prompts import REC_SUFFIX
-from regiongpt.regions import Region
 
 BOX = {"box": [1, 2, 20, 15]}
 CHAT = {"question": "What is <region1>?", "answer": "A cup."}

@@ -306,6 +306,16 @@ class Instance(NamedTuple):
     mask: Mask
 
 
+class Federated(NamedTuple):
+    """LVIS' fields for images that are not annotated exhaustively."""
+
+    # By image, categories known not to be there: detections of those neither annotated nor in here do not count.
+    absent: Mapping[int | str, Sequence[int]]
+    # By image, categories of which only some objects were annotated: unmatched detections do not count.
+    partly: Mapping[int | str, Sequence[int]]
+    frequency: Mapping[int, str]  # by category, "r", "c" or "f"
+
+
 class InstancesFile:
     """The images, objects and category names of one file; what cannot be used is noted in ``rejects``.
 
@@ -321,7 +331,7 @@ class InstancesFile:
         names: Categories by id; of two ids of one name, the first that is used stands for both.
         images, objects: In the order of their images' ids, then their own.
         groups: Image, category, box as given (x, y, width, height) and area of each crowd that is left out.
-        federated: What LVIS' rules go by, None where not every image and category has it.
+        federated: None where not every image and category has it.
 
     DataError where the file is missing, not JSON or not of this format.
     """
@@ -440,7 +450,7 @@ class InstancesFile:
         frequency = {number: self._categories[number].get("frequency") for number in self.names}
         is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
         is_lvis = is_lvis and all(each in ("r", "c", "f") for each in frequency.values())
-        self.federated = {"absent": absent, "partly": partly, "frequency": frequency} if is_lvis else None
+        self.federated = Federated(absent, partly, frequency) if is_lvis else None
         finder = ImageFinder(self._entries.values(), self._folder)
         self.images: list[Frame] = []
         for number, entry in sorted(self._entries.items()):
