@@ -17,7 +17,6 @@ from urllib.parse import unquote
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from regiongpt.data.reading import (
     MALFORMED,
@@ -75,6 +74,15 @@ class Mask(NamedTuple):
             with suppress(RegionError):
                 x0, y0, x1, y1 = Region.rle(self.rle).bounds(*self.rle["size"][::-1])
         return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 else None
+
+    def is_clear(self, width: int, height: int) -> bool:
+        """Whether it is certainly sound in an image of that size, as its first ring is: a check ten times as fast."""
+        if not self.rings:
+            return False
+        ring = shapely.Polygon(np.reshape(self.rings[0], (-1, 2)))
+        x0, y0, x1, y1 = ring.bounds
+        inside = min(x0, y0) >= 0 and x1 <= width and y1 <= height and max(x1, y1) > 1  # else it looks normalized
+        return bool(inside and ring.area >= 2 * MIN_AREA and ring.is_valid)
 
     def region(self) -> Region | None:
         """The mask as a region, None without one; RegionError for malformed RLE."""
@@ -483,7 +491,7 @@ class InstancesFile:
         self.objects: list[Instance] = []
         for number, image, given, bounds, boxless, mask, crowd, area in self._rows:
             assert number is not None and image is not None and given is not None and bounds is not None  # noqa: PT018
-            try:
+            with self._rejects.noting(self.path, self.name_of(number)):
                 if image not in places:
                     raise Fault("annotation of an absent image", f"expected a usable image, got {self.name_of(image)}")
                 if number in seen:
@@ -500,53 +508,30 @@ class InstancesFile:
                 if crowd and self._crowds == "leave out":
                     self.groups.append((image, category, list(bounds), area))
                     raise Fault(CROWD, "expected one object, got a crowd; --crowds includes it")
-            except Fault as fault:
-                self._leave_out(number, fault)
-                continue
-            apart = crowd and self._crowds == "keep"
-            self.objects.append(Instance(places[image], number, category, box, area, apart, mask))
+                apart = crowd and self._crowds == "keep"
+                if self._shapes != "box":
+                    mask = self._checked(mask, number, frame)
+                if self._shapes != "mask" or mask.rings or mask.rle:
+                    self.objects.append(Instance(places[image], number, category, box, area, apart, mask))
         self._rows.clear()
         warn_of_overhang(overhung, len(self.objects), self.path)
-        if self._shapes != "box":
-            self._check_masks()
         self.objects.sort(key=lambda each: each[:2])
 
     def _leave_out(self, number: int, fault: Fault) -> None:
         self._rejects.add(fault.kind, self.path, self.name_of(number), fault.reason)
 
-    def _check_masks(self) -> None:
-        """Drop invalid masks, and objects that lack a required one."""
-        sizes = [(image.width, image.height) for image in self.images]
-        clear = _clear_polygons([(each.mask, sizes[each.place]) for each in self.objects])
-        checked = []
-        for one, is_clear in zip(self.objects, clear.tolist(), strict=True):
-            mask = one.mask
+    def _checked(self, mask: Mask, number: int, frame: Frame) -> Mask:
+        """An object's mask, or none where it makes no sense; Fault where one is required and there is none."""
+        if self._shapes == "mask" and not (mask.rings or mask.rle or mask.faults):
+            raise Fault("object without a mask", "expected a mask, got a box alone")
+        if not mask.is_clear(frame.width, frame.height):
             try:
-                if not is_clear and (region := mask.region()) is not None:
-                    region.check(*sizes[one.place], "mask")
-                if self._shapes == "mask" and not mask.faults and not (mask.rings or mask.rle):
-                    raise Fault("object without a mask", "expected a mask, got a box alone")
-            except (Fault, RegionError) as error:
-                self._leave_out(one.id, error if isinstance(error, Fault) else Fault(_NO_SENSE, str(error)))
-                mask = Mask()
-            if self._shapes == "both" or mask.rings or mask.rle:
-                checked.append(one._replace(mask=mask))
-        self.objects = checked
-
-
-def _clear_polygons(masks: Sequence[tuple[Mask, tuple[int, int]]]) -> NDArray[np.bool_]:
-    """Which masks are certainly valid in an image of that size, since their first ring is: a check of many at once."""
-    clear = np.zeros(len(masks), bool)
-    drawn = [k for k, (mask, _) in enumerate(masks) if mask.rings]
-    for chosen in (drawn[start : start + 20_000] for start in range(0, len(drawn), 20_000)):
-        first = [np.reshape(masks[k][0].rings[0], (-1, 2)) for k in chosen]
-        owners = np.repeat(np.arange(len(first)), [len(ring) for ring in first])
-        polygons = shapely.polygons(shapely.linearrings(np.concatenate(first), indices=owners))
-        bounds, limits = shapely.bounds(polygons), np.array([masks[k][1] for k in chosen])
-        inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2:] <= limits).all(axis=1)
-        inside &= (bounds[:, 2:] > 1).any(axis=1)  # else it looks normalized
-        clear[chosen] = inside & (shapely.area(polygons) >= 2 * MIN_AREA) & shapely.is_valid(polygons)
-    return clear
+                if (region := mask.region()) is not None:
+                    region.check(frame.width, frame.height, "mask")
+            except RegionError as error:
+                self._leave_out(number, Fault(_NO_SENSE, str(error)))
+                return Mask()
+        return mask
 
 
 def read_captions(paths: Sequence[Path], images: Set[int], rejects: Rejects) -> dict[int, list[tuple[int, str]]]:
