@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.storage import is_unicode
 
 _WORDS: Final = tomllib.loads((Path(__file__).parent / "templates" / "prompts.toml").read_text(encoding="utf-8"))
 
@@ -134,10 +135,8 @@ def check_text(text: Any, expected: str) -> None:
     """Raise DataError for what no tokenizer reads: no text, blank, or bytes that are not UTF-8."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"expected {expected}, got {text!r:.80}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}") from None
+    if not is_unicode(text):
+        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}")
 
 
 def closed_set_suffix(label_set: str = "COCO-80") -> str:

@@ -137,6 +137,11 @@ def is_below(name: str) -> bool:
     return not re.search(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]", name)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -25,7 +25,6 @@ from regiongpt.data.reading import (
     clipped_box,
     image_name,
     is_number,
-    is_unicode,
     iter_array,
     iter_arrays,
     known_size,
@@ -37,7 +36,7 @@ from regiongpt.data.records import RecordRegion
 from regiongpt.data.shards import CROWD, Fault, Rejects, many
 from regiongpt.errors import DataError, RegionError, short
 from regiongpt.regions import MAX_COORDINATE, MIN_AREA, Region
-from regiongpt.storage import is_below
+from regiongpt.storage import is_below, is_unicode
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,6 @@ class Mask(NamedTuple):
     rings: Sequence["array[float]"] = ()
     rle: dict[str, Any] | None = None
     faults: Sequence[Fault] = ()
-
-    @property
-    def sound(self) -> bool:
-        """Whether it can be used, or the entry has none."""
-        return bool(self.rings or self.rle or not self.faults)
 
     def bounds(self) -> Corners | None:
         """x, y, width, height around it; None without a mask, or where it has no area."""
@@ -114,7 +108,7 @@ def read_annotation(entry: Any) -> Annotation:
         raise Fault(MALFORMED, f"expected an id as a whole number or text, and iscrowd as 0 or 1, got {short(entry)}")
     mask, box, area = read_mask(entry.get("segmentation")), read_box(entry.get("bbox")), entry.get("area")
     boxless = box is None or not (0 < box[2] < math.inf and 0 < box[3] < math.inf)
-    if boxless and mask.sound:
+    if boxless:
         box = mask.bounds() or box
     area = area if is_number(area) and area > 0 else math.nan
     return Annotation(number, image, category, box, boxless, mask, crowd, area)
@@ -388,6 +382,11 @@ class InstancesFile:
         source_id = str(self.name_of(one.id)) if one.id >= 0 else ""
         return RecordRegion(region=region, category=self.names[one.category], source_id=source_id)
 
+    def annotation(self, one: Instance) -> "ObjectAnnotation":
+        """An object with the name of its category."""
+        rings, name = tuple(map(tuple, one.mask.rings)) or None, self.names[one.category]
+        return ObjectAnnotation(id=one.id, category=name, box=one.box, polygons=rings, iscrowd=one.crowd)
+
     def _number(self, entry: Any) -> int:
         number = number_of(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
@@ -455,7 +454,7 @@ class InstancesFile:
             {self.name_of(k): each[key] for k, each in self._entries.items() if type(each.get(key)) is list}
             for key in _LVIS
         )
-        frequency = {number: self._categories[number].get("frequency") for number in self.names}
+        frequency = {number: str(self._categories[number].get("frequency")) for number in self.names}
         is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
         is_lvis = is_lvis and all(each in ("r", "c", "f") for each in frequency.values())
         self.federated = Federated(absent, partly, frequency) if is_lvis else None
@@ -640,18 +639,11 @@ def load_coco(sources: Iterable[CocoSource]) -> CocoData:
         known |= ids
         captions = read_captions([source.captions] if source.captions else [], ids, rejects)
         for image, found in file.by_image():
-            objects = tuple(
-                ObjectAnnotation(
-                    id=each.id, category=file.names[each.category], box=each.box, iscrowd=each.crowd,
-                    polygons=tuple(map(tuple, each.mask.rings)) or None,
-                )
-                for each in found
-            )  # fmt: skip
             texts = tuple(filter(None, (normalise_caption(text) for _, text in captions.get(image.id, ()))))
             images.append(
                 ImageAnnotations(
                     path=source.images / image.path, image_id=image.id, width=image.width, height=image.height,
-                    objects=objects, captions=texts,
+                    objects=tuple(map(file.annotation, found)), captions=texts,
                 )
             )  # fmt: skip
     return CocoData(tuple(images), dict(sorted(rejects.counts.items())))

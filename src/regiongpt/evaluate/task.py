@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.reading import Row
 from regiongpt.data.shards import Rejects, many
 from regiongpt.errors import DataError
@@ -241,23 +240,6 @@ def printed(task: str) -> dict[str, dict[str, float]]:
 
 
 # -- What tasks share --------------------------------------------------------------------------------------------------
-
-
-class AnnotatedTask(Task):
-    """A benchmark whose questions are made from COCO's annotations."""
-
-    split: str = "dev"
-    """instances_SPLIT.json in the folder, with images/."""
-
-    def inputs(self) -> list[Path]:
-        """The annotations."""
-        return [source.instances for source in photo_sources(self.data, self.split)]
-
-    def annotated(self) -> list[ImageAnnotations]:
-        """The images with their objects."""
-        data = load_coco(photo_sources(self.data, self.split))
-        self.left_out.counts.update(data.skipped)
-        return list(data.images)
 
 
 def find(given: Path | None, folder: Path, names: Iterable[str], option: str, *, file: bool = True) -> Path:
