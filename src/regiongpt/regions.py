@@ -230,14 +230,6 @@ class Region(ABC):
         (left, right), (top, bottom) = sides
         return left, top, right, bottom
 
-    def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
-        """Exact area (H, W) of the region, clipped to the image, inside each cell of a grid, in square pixels.
-
-        The grid is given by the ascending lines (H + 1,) and (W + 1,) between its cells, in pixels of the image.
-        """
-        rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
-        return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
-
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
         """Weights (grid_h, grid_w), summing to 1, of a feature grid over the padded image. Paper: §3.1 (mask pooling).
 

@@ -39,11 +39,6 @@ class CaptionScore(NamedTuple):
     items: Floats
     statistic: Statistic
 
-    @property
-    def value(self) -> float:
-        """The metric over the whole set."""
-        return self.statistic.value()
-
 
 def caption_scores(
     captions: Sequence[str],

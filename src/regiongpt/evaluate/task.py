@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from regiongpt.data.reading import Row
 from regiongpt.data.shards import Rejects, many
+from regiongpt.drawing import Rows
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import Sampled, Statistic, resample
 from regiongpt.regions import Region
@@ -25,8 +26,6 @@ SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf"))
 """COCO's object sizes: name, and the area in px^2 below which it applies."""
 OURS: Final = "RegionGPT-7B"
 """The paper's model in its tables."""
-Rows = list[list[str]]
-"""A table of text, its header first."""
 
 
 @dataclass(frozen=True, kw_only=True)
