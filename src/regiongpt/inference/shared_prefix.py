@@ -246,7 +246,7 @@ class LeanDecoder(Decoder):
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         model, x = self.model.model, embeds_ND
-        attend, last = self._attend if max(step.counts) == 1 else self._attend_several, len(model.layers) - 1
+        last = len(model.layers) - 1
         cos_N1E, sin_N1E = (part[0][:, None] for part in model.rotary_emb(x, step.position_N[None]))
         half = cos_N1E.shape[-1] // 2
         sin_N1E = torch.cat([-sin_N1E[..., :half], sin_N1E[..., half:]], -1)
@@ -258,16 +258,16 @@ class LeanDecoder(Decoder):
             query = both[:, : -(parts[1].shape[1] // attention.head_dim)]
             key, value = both[:, query.shape[1] :], parts[2].view(len(x), -1, attention.head_dim)
             step.cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
-            out = attend(step, index, query * attention.scaling).flatten(1)
+            query = query * attention.scaling
+            if max(step.counts) == 1:
+                out = self._attend(step, index, query).flatten(1)
+            else:
+                out = _shared_attention(step, index, query.transpose(0, 1), 1.0).transpose(0, 1).flatten(1)
             if index == last:  # of the other tokens only the keys and values are needed
                 x, out = x[wanted_L], out[wanted_L]
             x = x + attention.o_proj(out)
             x = x + block.mlp(_normed(block.post_attention_layernorm, x))
         return self.model.lm_head(_normed(model.norm, x))  # type: ignore[no-any-return]
-
-    def _attend_several(self, step: "_Step", index: int, query_NHE: Tensor) -> Tensor:
-        """What ``_attend`` computes, for any number of new tokens a sequence: (N, H, E)."""
-        return _shared_attention(step, index, query_NHE.transpose(0, 1), 1.0).transpose(0, 1)
 
     def _attend(self, step: "_Step", index: int, query_RHE: Tensor) -> Tensor:
         """Attention of each sequence's one new token, whose query is scaled, to its prefixes and itself: (R, H, E)."""

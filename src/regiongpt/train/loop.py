@@ -316,8 +316,7 @@ class _MicroBatches(Dataset[Batch]):
 
 def targets_in(inputs: dict[str, Any]) -> int:
     """Number of target tokens of a batch, padded or packed: the first token of a row is never one."""
-    labels: Tensor = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
-    return int((labels[:, 1:] != IGNORED).sum())
+    return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
 # -- model and optimiser -----------------------------------------------------------------------------------------------
@@ -333,8 +332,7 @@ class StageModule(nn.Module):
     def forward(self, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss; and where the model tells them, that of each target token and the task it belongs to."""
         inputs = dict(inputs)
-        tasks = inputs.pop("tasks", None)
-        labels = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
+        tasks, labels = inputs.pop("tasks", None), inputs["labels"]
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:

@@ -7,7 +7,8 @@ B conversations, T tokens of the longest, N tokens of all, D language model widt
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ Collate = Callable[[list[Example]], dict[str, Any]]
 ATTENTION = "regiongpt_units"
 """The name of attention in units in transformers' ``AttentionInterface``."""
 
-PACKED = ("packed_from", "packed_labels", "packed_positions", "packed_units")
-"""What a packed batch has in place of labels, mask and positions: for each place in the row (1, N) the token (B T) it
+PACKED = ("packed_from", "labels", "packed_positions", "packed_units")
+"""What a packed batch has in place of mask and positions: for each place in the row (1, N) the token (B T) it
 holds, its label and its position; and of each unit its tokens, and the number of the unit that it sees besides itself,
 -1 for none."""
 
@@ -87,44 +88,38 @@ def turn_numbers(example: Example, image_token_id: int) -> Tensor:
 def packed_output(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     """The model's output for a packed batch."""
     embeds_BTD = model.embed(**{name: value for name, value in batch.items() if name not in PACKED})
-    from_N, labels, positions, listed = (batch[name] for name in PACKED)
-    units = []
-    for size, head in listed:
-        before = listed[head][0] if head >= 0 else 0
-        mask = torch.ones(size, before + size, dtype=torch.bool, device=from_N.device).tril(before) if before else None
-        units.append(Unit(size, head, mask))
-    given = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # so that no mask is made of the positions
-    how = {"labels": labels, "position_ids": positions, "attention_mask": given, "units": units, **options}
+    from_N, labels, positions, units = (batch[name] for name in PACKED)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # given, so that none is made of the positions
+    how = {"labels": labels, "position_ids": positions, "attention_mask": mask, "units": units, **options}
     return model(inputs_embeds=embeds_BTD.flatten(0, 1)[from_N], **how)
 
 
-class Unit(NamedTuple):
-    """What attends by itself; units lie in the order of their tokens."""
-
-    size: int  # tokens
-    head: int  # number of the unit that it sees besides itself, -1 for none
-    mask: Tensor | None  # where it sees another one: bool (size, size of that one + size)
+@lru_cache(maxsize=256)
+def _seen(size: int, before: int, device: torch.device) -> Tensor:
+    """What the tokens of a unit see of those before it, which is all, and of their own: bool (size, before + size)."""
+    return torch.ones(size, before + size, dtype=torch.bool, device=device).tril(before)
 
 
 def unit_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, Any]:
     """Attention of one layer, as transformers calls it: (1, H, N, E) in units if there are any, else its ``sdpa``."""
-    units: list[Unit] | None = options.pop("units", None)
+    units: list[tuple[int, int]] | None = options.pop("units", None)
     if units is None:
         result: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    queries, keys, values = (torch.split(each, [unit.size for unit in units], 2) for each in (query, key, value))
+    queries, keys, values = (torch.split(each, [size for size, _ in units], 2) for each in (query, key, value))
+    how: Any = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
     outputs = []
-    for unit, asked, own_keys, own_values in zip(units, queries, keys, values, strict=True):
-        if unit.head >= 0:
-            own_keys = torch.cat([keys[unit.head], own_keys], 2)
-            own_values = torch.cat([values[unit.head], own_values], 2)
-        given: Any = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
-        given["is_causal"] = unit.mask is None
-        outputs.append(F.scaled_dot_product_attention(asked, own_keys, own_values, unit.mask, **given))
+    for (size, head), asked, own_keys, own_values in zip(units, queries, keys, values, strict=True):
+        mask = None
+        if head >= 0:
+            mask = _seen(size, units[head][0], query.device)
+            own_keys = torch.cat([keys[head], own_keys], 2)
+            own_values = torch.cat([values[head], own_values], 2)
+        outputs.append(F.scaled_dot_product_attention(asked, own_keys, own_values, mask, is_causal=head < 0, **how))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
