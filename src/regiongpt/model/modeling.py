@@ -8,9 +8,8 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -207,7 +206,8 @@ class Refinement(nn.Module):
         own crops, are added; one row may be for several rows of weights.
         """
         if self.bilinear_scale > 1:
-            up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
+            scale = self.bilinear_scale
+            up_Hh, up_Ww = (resampling(n, scale, n * scale, map_BChw) for n in map_BChw.shape[-2:])
             weights_BRHW = up_Hh.T @ weights_BRHW.to(up_Hh.dtype) @ up_Ww
         pooled_BRC = mask_pool(map_BChw, weights_BRHW)
         if crops is None:
@@ -221,12 +221,10 @@ class Refinement(nn.Module):
             pooled = F.adaptive_avg_pool2d(map_BChw, self.image_grid)
             return pooled.flatten(2).transpose(1, 2)
         rows, columns = (
-            _as_matrix(partial(F.adaptive_avg_pool1d, output_size=cells), n * self.bilinear_scale, map_BChw.device)
-            @ upsampling_matrix(n, self.bilinear_scale, map_BChw.device)
+            resampling(n, self.bilinear_scale, cells, map_BChw)
             for n, cells in zip(map_BChw.shape[-2:], self.image_grid, strict=True)
         )
-        pooled = rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T
-        return pooled.flatten(2).transpose(1, 2)
+        return (rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T).flatten(2).transpose(1, 2)
 
 
 def merge_cells(cells_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -242,14 +240,11 @@ def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
     return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
 
 
-def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:
-    """Bilinear upsampling of ``cells`` cells along one axis, as ``F.interpolate`` does it: (cells * scale, cells)."""
-    return _as_matrix(lambda x: F.interpolate(x, scale_factor=scale, mode="linear", align_corners=False), cells, device)
-
-
-def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.device | None) -> Tensor:
-    """Matrix of a linear map of a sequence, read off from what it does to the unit vectors."""
-    return linear(torch.eye(cells, device=device, dtype=torch.float32)[None])[0].T
+def resampling(cells: int, scale: int, pooled: int, like: Tensor) -> Tensor:
+    """Matrix (P, cells) of a bilinear upsampling along one axis, as ``F.interpolate`` does it, averaged to P cells."""
+    units = torch.eye(cells, device=like.device, dtype=torch.float32)[None]
+    fine = F.interpolate(units, scale_factor=scale, mode="linear", align_corners=False)
+    return F.adaptive_avg_pool1d(fine, pooled)[0].T
 
 
 class Connector(nn.Module):
