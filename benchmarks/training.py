@@ -23,7 +23,6 @@ import random
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import Loop, targets_in
-from regiongpt.train.packing import PackedCollate, in_units
+from regiongpt.train.packing import PackedCollate, attend_in_units
 from regiongpt.train.plan import costs_of
 from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.stages import keep_freed_memory
@@ -113,27 +112,27 @@ def measure_packing(
     batches = [[drawn[k] for k in range(b * size, (b + 1) * size)] for b in range(count)]
     groups = [[grouped[k] for k in range(b * size, (b + 1) * size)] for b in range(0, 16, 6)]
     ways = {
-        "padded": (batches, padded, False),
-        "padded_in_groups": (groups, padded, False),
-        "packed": (batches, packed, True),
+        "padded": (batches, padded),
+        "padded_in_groups": (groups, padded),
+        "packed": (batches, packed),
     }
-    ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate, _) in ways.items()}
+    ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate) in ways.items()}
     seconds: dict[str, list[float]] = {name: [float("inf")] * count for name in ways}
     sums: dict[str, list[float]] = {name: [0.0] * count for name in ways}
+    attend_in_units(model.language_model)
     progress = Progress("packing", rounds * len(ways) * count, "steps")
     for number in [*range(count)] * rounds:
-        for name, (_, _, packs) in ways.items():
+        for name in ways:
             batch = {key: value for key, value in ready[name][number].items() if key != "tasks"}
-            with in_units(model.language_model) if packs else nullcontext():
-                began = time.perf_counter()
-                model.zero_grad()
-                value = loss(model, batch, targets_in(batch))
-                value.backward()
-                sums[name][number] = float(value.detach())
-                seconds[name][number] = min(seconds[name][number], time.perf_counter() - began)
+            began = time.perf_counter()
+            model.zero_grad()
+            value = loss(model, batch, targets_in(batch))
+            value.backward()
+            sums[name][number] = float(value.detach())
+            seconds[name][number] = min(seconds[name][number], time.perf_counter() - began)
             progress.add()
     result: dict[str, Any] = {"conversations": size * count, "micro_batch_size": size, "ways": {}}
-    for name, (chosen, _, _) in ways.items():
+    for name, (chosen, _) in ways.items():
         lengths = [[len(each["input_ids"]) for each in batch] for batch in chosen]
         tokens = sum(map(sum, lengths))
         padding = sum(max(row) * len(row) for row in lengths) / tokens

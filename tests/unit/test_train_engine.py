@@ -22,7 +22,7 @@ from regiongpt.model import RegionGPTForConditionalGeneration
 from regiongpt.train.checkpoint import Checkpoints
 from regiongpt.train.dataset import TASKS, answer_loss, task_numbers
 from regiongpt.train.loop import StepBatches, targets_in
-from regiongpt.train.packing import PackedCollate, in_units, require_packable
+from regiongpt.train.packing import PackedCollate, attend_in_units
 from regiongpt.train.recipe import EngineConfig, LoraConfig, WatchConfig
 from regiongpt.train.stages import choose_learners, merge_adapters
 from regiongpt.train.watch import DEV, LOG, Watch, read_lines
@@ -89,9 +89,8 @@ def test_packed_loss_and_gradients_are_those_of_the_padded_batch(texts: Any) -> 
         total += share * loss
         for name, gradient in grads.items():
             sums[name] = sums.get(name, 0) + share * gradient
-    with in_units(model.language_model):
-        loss, grads = gradients(model, packed)
-    assert model.language_model.config._attn_implementation == "sdpa"
+    attend_in_units(model.language_model)
+    loss, grads = gradients(model, packed)
     assert loss == pytest.approx(total, rel=1e-5)
     assert_close(grads, sums)
     assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -106,12 +105,12 @@ def test_a_language_model_with_a_window_is_not_packed(options: dict[str, Any]) -
         config.get_text_config = lambda: config
         return SimpleNamespace(config=config, _supports_attention_backend=supported)
 
-    require_packable(language())
-    require_packable(language(sliding_window=64, use_sliding_window=False))
+    attend_in_units(language())
+    attend_in_units(language(sliding_window=64, use_sliding_window=False))
     with pytest.raises(ConfigError, match=r"attend to all earlier tokens"):
-        require_packable(language(**options))
+        attend_in_units(language(**options))
     with pytest.raises(ConfigError, match=r"with torch's attention"):
-        require_packable(language(supported=False))
+        attend_in_units(language(supported=False))
 
 
 # -- a stage in one process --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
 from regiongpt.train import checkpoint
 from regiongpt.train.checkpoint import Checkpoints, Progress
-from regiongpt.train.packing import Collate, Example, PackedCollate, in_units, require_packable
+from regiongpt.train.packing import Collate, Example, PackedCollate, attend_in_units
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.watch import Watch, read_tally, tally
 
@@ -89,12 +89,10 @@ class Loop:
         self.watcher = Watch(name, folder, config.log_steps, self.watch.tensorboard)
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        self.units: Any = nullcontext()
         own: Any = model
         if self.engine.packing and hasattr(model, "embed"):  # text in windows of one length is full already
-            require_packable(own.language_model)
+            attend_in_units(own.language_model)
             self.collate = PackedCollate(collate)
-            self.units = in_units(own.language_model)
         if self.engine.gradient_checkpointing:
             # Newer releases of transformers call it by another name, and warn at the old one.
             enable = getattr(model, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
@@ -117,18 +115,6 @@ class Loop:
             DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the
                 folder cannot be written.
         """
-        with self.units:
-            self._train()
-        best = self.progress.best_step
-        if best is not None and best != self.progress.step:
-            if self.processes.is_first:
-                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
-            checkpoint.load_model(self.checkpoints.path(best), self.model)
-        if self.sharded:
-            put_together(self.model, self.processes.is_first)
-        return self
-
-    def _train(self) -> None:
         if self.begin is not None:
             self.progress = checkpoint.load(self.begin, self.model, self.optimizer, self.processes)
         rounds = self.config.batch_size // self.together
@@ -156,6 +142,14 @@ class Loop:
                 held = checkpoint.contents(self.model, self.optimizer, self.processes)
                 fill = partial(checkpoint.save, held=held, settings=self.settings, progress=self.progress)
                 self.checkpoints.write(at, fill, self.progress.best_step)
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            if self.processes.is_first:
+                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
+            checkpoint.load_model(self.checkpoints.path(best), self.model)
+        if self.sharded:
+            put_together(self.model, self.processes.is_first)
+        return self
 
     def _step(self, step: Sequence["Batch"]) -> dict[str, Any]:
         """Forward and backward passes of the micro-batches of one step, then the optimiser's; its line of the log."""

@@ -5,8 +5,7 @@ Units (conversations, or isolated turns) attend by themselves.
 B conversations, T tokens of the longest, N tokens of all, D language model width, H heads, E width of a head.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -127,25 +126,19 @@ AttentionInterface.register(ATTENTION, unit_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def require_packable(language_model: Any) -> None:
-    """Raise ConfigError for a language model that cannot attend in units, or whose layers see a window only."""
+def attend_in_units(language_model: Any) -> None:
+    """Have a language model attend in units where a batch has them; ConfigError for one that cannot.
+
+    That is one with an attention of its own, or whose layers see a window only: packing has one rule for all of them.
+    """
     config, told = language_model.config.get_text_config(), ""
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    own = not getattr(language_model, "_supports_attention_backend", False)
     if kinds - {"full_attention"} or (window and not kinds):
         told = "whose layers attend to all earlier tokens, got some with a window"
-    elif config._attn_implementation != "sdpa" or not getattr(language_model, "_supports_attention_backend", False):
+    elif own or config._attn_implementation not in ("sdpa", ATTENTION):
         told = "with torch's attention, got one with its own"
     if told:
         raise ConfigError(f"engine.packing: expected a language model {told}; give --engine.packing false")
-
-
-@contextmanager
-def in_units(language_model: Any) -> Iterator[None]:
-    """Have a language model attend in units while it is trained."""
-    config = language_model.config.get_text_config()
     config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = "sdpa"
