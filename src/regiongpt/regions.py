@@ -319,7 +319,8 @@ class _Pixels(Region):
         pixels = self.pixels()
         (rows, columns), top, left = pixels.window.shape, pixels.top, pixels.left
         around = ((top, self.height - top - rows), (left, self.width - left - columns))
-        return {self.kind: _encoded(np.pad(pixels.window, around))}
+        coded = coco_mask.encode(np.asfortranarray(np.pad(pixels.window, around), np.uint8))
+        return {self.kind: {"size": [self.height, self.width], "counts": coded["counts"].decode("ascii")}}
 
     def _shape(self, width: int, height: int) -> Shape:
         if (self.height, self.width) != (height, width):
@@ -394,11 +395,6 @@ def _called(name: str) -> Iterator[None]:
         yield
     except RegionError as error:
         raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
-
-
-def _encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    coded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": coded["counts"].decode("ascii")}
 
 
 def _is_list(value: Any) -> bool:

@@ -9,7 +9,7 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Self, cast
 
 import torch
@@ -511,7 +511,12 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(inputs_embeds.device)
             is_target = next_BT != IGNORED
             targets = next_BT[is_target]
-            with _head_only_at(self.get_output_embeddings(), is_target) if loss_only else nullcontext():
+            # A hook rather than a call of the head: what an architecture does to its logits afterwards still happens.
+            head = self.get_output_embeddings()
+            chosen = (
+                head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_target][None],)) if loss_only else None
+            )
+            with chosen or nullcontext():
                 output = self.language_model(**call)
             logits = None if loss_only else output.logits
             target_logits = output.logits[0] if loss_only else output.logits[is_target]
@@ -601,19 +606,6 @@ def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int) -> tuple[T
         raise RegionError(f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {most}")
     owners, places = region_BT.nonzero(as_tuple=True)
     return owners, region_ids[owners, region_BT.cumsum(1)[owners, places] - 1]
-
-
-@contextmanager
-def _head_only_at(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
-    """Apply the language model's head only to the chosen positions, as (1, chosen, D).
-
-    A hook rather than a call of the head, so that what an architecture does to its logits afterwards still happens.
-    """
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen_BT][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)

@@ -328,12 +328,9 @@ class StageModule(nn.Module):
         inputs = dict(inputs)
         tasks, labels = inputs.pop("tasks", None), inputs["labels"]
         outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.half_products):
-                loss = self.loss(self.model, inputs, items)
-        finally:
-            handle.remove()
+        half = torch.autocast(labels.device.type, torch.bfloat16, enabled=self.half_products)
+        with half, self.model.register_forward_hook(lambda _, __, output: outputs.append(output)):
+            loss = self.loss(self.model, inputs, items)
         losses = next((getattr(each, "target_losses", None) for each in outputs), None)
         if losses is None or tasks is None:
             return loss, losses, None
