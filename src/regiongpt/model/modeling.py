@@ -8,7 +8,6 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Self, cast
 
@@ -72,29 +71,20 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Compute the feature grid: (B, 3, S, S), S a multiple of 32, to a last hidden state (B, C, S/32, S/32)."""
-        folded = {conv: _fold(conv, norm) for conv, norm in self._layers()}
+        folded: dict[Any, tuple[Tensor, Tensor]] = {}  # what the first images fold, all others find
         at_once = max(1, CPU_PIXELS // pixel_values[0, 0].numel()) if pixel_values.device.type == "cpu" else 2**20
         features = [self._features(some, folded) for some in torch.split(pixel_values, at_once)]
         return BaseModelOutput(last_hidden_state=torch.cat(features))
 
-    def _layers(self) -> Iterator[tuple[Any, Any]]:
-        """Every convolution with its batch norm."""
-        yield self.network._conv_stem, self.network._bn0
-        for block in self.network._blocks:
-            if hasattr(block, "_expand_conv"):
-                yield block._expand_conv, block._bn0
-            yield block._depthwise_conv, block._bn1
-            yield block._project_conv, block._bn2
-
-    def _features(self, pixel_values: Tensor, folded: Mapping[Any, tuple[Tensor, Tensor]]) -> Tensor:
+    def _features(self, pixel_values: Tensor, folded: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
         x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = _convolve(x, self.network._conv_stem, *folded[self.network._conv_stem]).clamp_(0, 6)
+        x = _convolve(x, self.network._conv_stem, self.network._bn0, folded).clamp_(0, 6)
         for index, block in enumerate(self.network._blocks):
             before = x
             if hasattr(block, "_expand_conv"):
-                x = _convolve(x, block._expand_conv, *folded[block._expand_conv]).clamp_(0, 6)
-            x = _convolve(x, block._depthwise_conv, *folded[block._depthwise_conv]).clamp_(0, 6)
-            x = _convolve(x, block._project_conv, *folded[block._project_conv])
+                x = _convolve(x, block._expand_conv, block._bn0, folded).clamp_(0, 6)
+            x = _convolve(x, block._depthwise_conv, block._bn1, folded).clamp_(0, 6)
+            x = _convolve(x, block._project_conv, block._bn2, folded)
             if x.shape == before.shape:
                 x += before
             if index == self.last_stride8:
@@ -106,14 +96,15 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
         return torch.cat([stages_BCHW, _position_channels(self.config.position_frequencies, x)], dim=1)
 
 
-def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution and the batch norm behind it as one."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+def _convolve(x_BCHW: Tensor, conv: Any, norm: Any, folded: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
+    """Apply a convolution of EfficientNet and the batch norm behind it as one; ``folded`` keeps weight and bias.
 
-
-def _convolve(x_BCHW: Tensor, conv: Any, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a convolution of EfficientNet, 1x1 as a matrix product: torch runs those slowly on one CPU thread."""
+    One of 1x1 is a matrix product: torch runs those slowly on one CPU thread.
+    """
+    if conv not in folded:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        folded[conv] = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    weight, bias = folded[conv]
     if conv.kernel_size == (1, 1):
         return F.linear(x_BCHW.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     left, right, top, bottom = conv.static_padding.padding  # of the variant's own image size
