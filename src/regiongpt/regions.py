@@ -215,11 +215,8 @@ class Region(ABC):
     def close_up(self, width: int, height: int, margin: float, least: float) -> tuple[int, int, int, int]:
         """A half-open window x0, y0, x1, y1 of the image around the region.
 
-        Args:
-            width: Width of the image in pixels.
-            height: Its height.
-            margin: Room on each side, as a share of the region's bounds.
-            least: Least side in pixels, as far as the image has them.
+        ``margin`` is the room on each side, as a share of the region's bounds, ``least`` the least side in pixels, as
+        far as the image has them.
         """
         x0, y0, x1, y1 = self.bounds(width, height)
         sides = []

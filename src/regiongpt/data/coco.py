@@ -220,10 +220,6 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 class ImageFinder:
     """The image file of an entry of an instances file, never one of the same name in another folder.
 
@@ -235,7 +231,7 @@ class ImageFinder:
         self._folder = folder
         self._parts = () if folder is None else folder.resolve().parts
         images = {tuple(_names(each)) for each in entries} if folder else ()
-        self._bearers = Counter(last for names in images for last in set(map(_last, names)))
+        self._bearers = Counter(last for names in images for last in set(map(os.path.basename, names)))
         self.by_last_part: list[str] = []  # names found by no more than that
 
     def find(self, entry: Mapping[str, Any]) -> str:
@@ -245,7 +241,7 @@ class ImageFinder:
             raise Fault("image outside the folder", "expected a file_name or coco_url below it, got neither")
         if path := self._there(candidate for name in names for candidate in self._below(name)):
             return path
-        if path := self._there(last for last in map(_last, names) if self._bearers[last] == 1):
+        if path := self._there(last for last in map(os.path.basename, names) if self._bearers[last] == 1):
             self.by_last_part.append(names[0])
             return path
         return image_name(names[0])

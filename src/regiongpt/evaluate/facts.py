@@ -4,9 +4,9 @@ The judges are annotations and pixels; undecided claims are counted separately.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -68,8 +68,8 @@ class Facts(Task):
         return {image.image_id: image for image in data.images}
 
     @cached_property
-    def _views(self) -> dict[int, tuple[View, dict[int, str]]]:
-        return {}
+    def _view(self) -> Callable[[int], tuple[View, dict[int, str]]]:
+        return cache(lambda number: (View(self._images[number]), read_colours(self._images[number])))
 
     def inputs(self) -> list[Path]:
         """The annotations."""
@@ -189,10 +189,7 @@ class Facts(Task):
         )
 
     def _true(self, item: Item, claim: Claim) -> bool | None:
-        number = int(item.image_id)
-        if number not in self._views:
-            self._views[number] = (View(self._images[number]), read_colours(self._images[number]))
-        view, colours = self._views[number]
+        view, colours = self._view(int(item.image_id))
         objects = {each.id: each for each in view.objects}
         about = [objects[each] for each in item.detail["objects"]]
         return holds(claim, view, about, colours, item.detail.get("asked", ""))

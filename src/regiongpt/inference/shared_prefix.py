@@ -172,8 +172,7 @@ class Decoder:
     """
 
     def __init__(self, language_model: Any) -> None:
-        self.model = language_model
-        self.cache_argument = cache_argument(language_model)
+        self.model, self.cache_argument = language_model, cache_argument(language_model)
         self.lock = threading.RLock()
         configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
@@ -238,11 +237,10 @@ class LeanDecoder(Decoder):
         super().__init__(language_model)
         # The CPU reads a matrix that lies transposed a third faster for few rows; what is in it stays the same.
         with torch.inference_mode(False):
-            for module in language_model.model.layers.modules():
-                if isinstance(module, torch.nn.Linear):
-                    weight = module.weight
-                    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                        weight.data = weight.data.t().contiguous().t()
+            linear = (each for each in language_model.model.layers.modules() if isinstance(each, torch.nn.Linear))
+            for weight in (each.weight for each in linear):
+                if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                    weight.data = weight.data.t().contiguous().t()
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         model, x = self.model.model, embeds_ND

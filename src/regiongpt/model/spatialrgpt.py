@@ -149,8 +149,7 @@ def _folder(source: str) -> Path:
             raise CheckpointError(f"{source}: expected a SpatialRGPT checkpoint, but there is no {file}")
         found: Any = read_json(folder / file, CheckpointError)
         for name, wanted in fields.items():
-            if not isinstance(found, dict) or found.get(name) != wanted:
-                got = found.get(name) if isinstance(found, dict) else found
+            if (got := found.get(name) if isinstance(found, dict) else found) != wanted:
                 raise CheckpointError(f"{folder / file}: expected {name} {wanted!r} of a SpatialRGPT, got {got!r:.80}")
     return folder
 

@@ -202,8 +202,7 @@ def _shape_options(shape: ModelConfig) -> dict[str, Any]:
 
 
 def check_start(config: Recipe) -> None:
-    """Check that a recipe can start, without making anything; raises a RegionGPTError if not."""
-    config.check_files()
+    """Check that a recipe whose files are there can start, without making anything; a RegionGPTError if not."""
     if config.model.init:
         check_shape(config.model, config.model.folder)
     else:
