@@ -38,7 +38,6 @@ def test_scores_every_caption_alike(golden: dict[str, Any]) -> None:
     found = caption_scores(*sides(golden), metrics=("CIDEr", "ROUGE_L", "BLEU"))
     for name, each in found.items():
         assert each.statistic.value() == pytest.approx(golden["scores"][name.replace("BLEU", "Bleu")], abs=1e-6)
-        assert each.statistic.value() == pytest.approx(each.value, abs=1e-9)
     for name in ("CIDEr", "ROUGE_L"):
         assert np.abs(found[name].items - [item[name] for item in golden["items"]]).max() < 1e-6
 

@@ -122,7 +122,10 @@ def meteor_counts(captions: Sequence[str], references: Sequence[str]) -> Floats:
     """METEOR's counts (n, 23) for n tokenized captions, each against a reference."""
     jar = str(find_package() / "meteor" / "meteor-1.5.jar")
     said = _run_java("METEOR", ["-Xmx2G", "-jar", jar], [captions, references], "-l", "en", "-norm", "-ssOut")
-    return np.array([line.split() for line in said.splitlines()], np.float64).reshape(len(captions), _COUNTS)
+    try:
+        return np.array([line.split() for line in said.splitlines()], np.float64).reshape(len(captions), _COUNTS)
+    except ValueError:
+        raise ConfigError(f"METEOR answered {said[:80]!r}, not {_COUNTS} numbers for each caption") from None
 
 
 def meteor_scores(counts: Floats) -> Floats:
