@@ -98,8 +98,7 @@ def check_checkpoint(folder: str | Path) -> None:
     if (folder / "region_extractor").is_dir():
         how = f"regiongpt weights import spatialrgpt {folder} --out DIR"
         raise CheckpointError(f"{folder}: a SpatialRGPT checkpoint, which has to be imported first: {how}")
-    files = ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
-    weight_files(folder, *files)
+    weight_files(folder, "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
 
 def weight_files(folder: Path, *others: str) -> list[Path]:

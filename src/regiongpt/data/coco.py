@@ -451,8 +451,7 @@ class InstancesFile:
             for key in _LVIS
         )
         frequency = {number: str(self._categories[number].get("frequency")) for number in self.names}
-        is_lvis = 0 < len(self._entries) == len(absent) == len(partly)
-        is_lvis = is_lvis and all(each in ("r", "c", "f") for each in frequency.values())
+        is_lvis = 0 < len(self._entries) == len(absent) == len(partly) and set(frequency.values()) <= {"r", "c", "f"}
         self.federated = Federated(absent, partly, frequency) if is_lvis else None
         finder = ImageFinder(self._entries.values(), self._folder)
         self.images: list[Frame] = []

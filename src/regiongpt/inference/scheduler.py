@@ -213,9 +213,8 @@ class Scheduler:
         if job.reader is not None:
             job.reader.read(final=True)
         self._cache.remove(row)
-        last = self.running.pop()
-        if last is not job:
-            self.running[row] = last
+        self.running[row] = self.running[-1]  # as in the cache
+        self.running.pop()
         job.finished = True
 
     def _budget(self, job: Job) -> int:

@@ -359,10 +359,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def refine(self, vision_features: Tensor) -> Tensor:
         """Refine the tower's features (B, C, H, W), of any float dtype; DataError for another shape."""
-        if tuple(vision_features.shape[1:]) != self.features_shape:
-            raise DataError(
-                f"vision_features must be {('images', *self.features_shape)}; got {tuple(vision_features.shape)}"
-            )
+        if (got := tuple(vision_features.shape))[1:] != self.features_shape:
+            raise DataError(f"vision_features must be {('images', *self.features_shape)}; got {got}")
         weight = self.connector.linear_1.weight
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
 
@@ -373,10 +371,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """
         if region_crops is not None:
             region_crops = self.encode_crops(region_crops)
-        if tuple(region_weights.shape[-2:]) != self.weights_grid:
-            raise RegionError(
-                f"region_weights must have the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
-            )
+        if (got := tuple(region_weights.shape))[-2:] != self.weights_grid:
+            raise RegionError(f"region_weights must have the refined grid {self.weights_grid}; got {got}")
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
         pooled = self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
