@@ -23,7 +23,6 @@ import random
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration, 
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator, answer_loss
 from regiongpt.train.loop import Loop, targets_in
-from regiongpt.train.packing import PackedCollate, units_on_cpu, width_cost
+from regiongpt.train.packing import PackedCollate, attend_in_units
 from regiongpt.train.plan import costs_of
 from regiongpt.train.recipe import EngineConfig, StageConfig
 from regiongpt.train.stages import keep_freed_memory
@@ -104,8 +103,7 @@ def measure_packing(
     """Tokens a second of each way, and ratios with their deviation over the rounds; the ways take turns."""
     size = recipe.stage2.micro_batch_size
     padded = DataCollator(processor, EXTRAS)
-    text = model.config.text_config
-    packed = PackedCollate(padded, text.max_position_embeddings, width_cost(text))
+    packed = PackedCollate(padded)
     loss = partial(visual_loss, ClassWords(processor.tokenizer), recipe.stage2.alignment, True)
     drawn = conversations(recipe, images, store, model, processor, 1, mixed)
     grouped = conversations(recipe, images, store, model, processor, size, mixed)
@@ -114,29 +112,28 @@ def measure_packing(
     batches = [[drawn[k] for k in range(b * size, (b + 1) * size)] for b in range(count)]
     groups = [[grouped[k] for k in range(b * size, (b + 1) * size)] for b in range(0, 16, 6)]
     ways = {
-        "padded": (batches, padded, False),
-        "padded_in_groups": (groups, padded, False),
-        "packed": (batches, packed, True),
+        "padded": (batches, padded),
+        "padded_in_groups": (groups, padded),
+        "packed": (batches, packed),
     }
-    ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate, _) in ways.items()}
+    ready = {name: [collate(batch) for batch in chosen] for name, (chosen, collate) in ways.items()}
     seconds = {name: np.zeros(rounds) for name in ways}
     sums: dict[str, list[float]] = {name: [0.0] * count for name in ways}
-    device = next(model.parameters()).device
+    attend_in_units(model.language_model)
     progress = Progress("packing", rounds * len(ways) * count, "steps")
     for turn in range(rounds * count):
         number = turn % count
-        for name, (_, _, in_units) in ways.items():
+        for name in ways:
             batch = {key: value for key, value in ready[name][number].items() if key != "tasks"}
-            with units_on_cpu(model.language_model, device) if in_units else nullcontext():
-                began = time.perf_counter()
-                model.zero_grad()
-                value = loss(model, batch, targets_in(batch))
-                value.backward()
-                sums[name][number] = float(value.detach())
-                seconds[name][turn // count] += time.perf_counter() - began
+            began = time.perf_counter()
+            model.zero_grad()
+            value = loss(model, batch, targets_in(batch))
+            value.backward()
+            sums[name][number] = float(value.detach())
+            seconds[name][turn // count] += time.perf_counter() - began
             progress.add()
     result: dict[str, Any] = {"conversations": size * count, "micro_batch_size": size, "ways": {}}
-    for name, (chosen, _, _) in ways.items():
+    for name, (chosen, _) in ways.items():
         lengths = [[len(each["input_ids"]) for each in batch] for batch in chosen]
         tokens = sum(map(sum, lengths))
         padding = sum(max(row) * len(row) for row in lengths) / tokens
@@ -247,17 +244,17 @@ def large_config(width: int, layers: int) -> RegionGPTConfig:
     return RegionGPTConfig(vision_config=vision, text_config=text, image_token_id=3, region_token_id=4)
 
 
-def measure_large(width: int, layers: int, length: int, batch: int, steps: int, compiled: bool) -> dict[str, Any]:
+def measure_large(width: int, layers: int, length: int, batch: int, steps: int) -> dict[str, Any]:
     """Utilisation of a language model in bfloat16, without the steps that warm up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = large_config(width, layers)
     with torch.device(device):
         model = RegionGPTForConditionalGeneration(config).train()
     stage = StageConfig(batch_size=batch, micro_batch_size=batch, log_steps=1, lr=1e-5, save_steps=10**6)
-    engine = EngineConfig(precision="bf16", compile=compiled, workers=4 if device == "cuda" else 0)
+    engine = EngineConfig(precision="bf16", workers=4 if device == "cuda" else 0)
     rates = timed(model, Talk(config, length, steps * batch), stacked, answer_loss, stage, engine, steps // 3)
     parameters = sum(p.numel() for p in model.language_model.parameters())
-    return {"parameters": parameters, "length": length, "batch": batch, "compiled": compiled, **rates}
+    return {"parameters": parameters, "length": length, "batch": batch, **rates}
 
 
 def main() -> None:
@@ -272,7 +269,6 @@ def main() -> None:
     parser.add_argument("--large-layers", type=int, default=16)
     parser.add_argument("--large-length", type=int, default=2048)
     parser.add_argument("--large-batch", type=int, default=8)
-    parser.add_argument("--compile", action="store_true", help="compile the layers of the large model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not options.large and not options.data:
@@ -284,7 +280,7 @@ def main() -> None:
     result: dict[str, Any] = stamp(vars(options), {"recipe": RECIPE, "weights": weights.nano_path()})
     if options.large:
         shape = (options.large_width, options.large_layers, options.large_length, options.large_batch)
-        result["large"] = measure_large(*shape, max(3, options.steps), options.compile)
+        result["large"] = measure_large(*shape, max(3, options.steps))
         print(f"large: {result['large']['utilisation']:.0%} of the device's arithmetic")
     if options.data:
         size = options.micro_batch

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict, get_args
 import numpy as np
 from pydantic import Field
 
+from regiongpt.drawing import Rows
 from regiongpt.environment import launched
 from regiongpt.errors import ConfigError, DataError, naming
 from regiongpt.evaluate import task_class
 from regiongpt.evaluate.bootstrap import FEWEST_IMAGES, TOO_FEW, Sampled, ends, too_few
-from regiongpt.evaluate.task import RESAMPLES, TABLES, Rows, RunOptions
+from regiongpt.evaluate.task import RESAMPLES, TABLES, RunOptions
 from regiongpt.settings import Settings, nearest, override
 from regiongpt.storage import finite, locked, write_file, write_json
 from regiongpt.train.recipe import ModelConfig, Recipe, dotted

@@ -94,16 +94,11 @@ class PolygonShape:
 
     def coverage(self, y_edges: Floats, x_edges: Floats) -> Floats:
         """Square pixels in each cell, from the straight pieces of the boundary with the inside on their right."""
-        # Normal form turns outer rings one way and holes the other.
+        # Normal form turns outer rings clockwise, where y goes up, and holes the other way.
         rings = shapely.get_rings(shapely.get_parts(shapely.normalize(self.geometry)))
         points, ring = shapely.get_coordinates(rings, return_index=True)
         joined = ring[1:] == ring[:-1]
-        start, end = points[:-1][joined], points[1:][joined]
-        (ax, ay), (bx, by) = (start - points[:1]).T, (end - points[:1]).T
-        # The area to the right of every piece, which must sum to more than nothing, falls with its x.
-        if np.sum((ax + bx) * (by - ay)) >= 0:
-            start, end = end, start
-        return _signed_areas(start, end, y_edges, x_edges)
+        return _signed_areas(points[:-1][joined], points[1:][joined], y_edges, x_edges)
 
 
 Shape = BoxShape | PixelShape | PolygonShape

@@ -20,6 +20,8 @@ from regiongpt.storage import check_writable, reason, write_file
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
+Rows = list[list[str]]
+"""A table of text, its header first."""
 
 # Okabe and Ito's palette, which people with every kind of colour vision can tell apart, in the order that keeps
 # neighbours furthest apart. Numbers, not colours, carry the meaning: from the eighth region on, colours repeat.

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -82,17 +82,6 @@ class Processes:
         if self.count > 1:
             _torch().all_reduce(values)
         return values
-
-    def share(self, work: Sequence[T], size: Callable[[T], int]) -> list[T]:
-        """This process's share of the work; shares are disjoint, complete and about equal."""
-        loads = [0] * self.count
-        mine: list[T] = []
-        for piece in work:
-            least = loads.index(min(loads))
-            loads[least] += size(piece)
-            if least == self.rank:
-                mine.append(piece)
-        return mine
 
 
 def connect(on_cpu: bool = False) -> Processes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from regiongpt.errors import ConfigError, DataError, RegionError
+from regiongpt.storage import is_unicode
 
 _WORDS: Final = tomllib.loads((Path(__file__).parent / "templates" / "prompts.toml").read_text(encoding="utf-8"))
 
@@ -64,24 +65,22 @@ _FAMILY_OF_NAME = (
 )
 
 
-def template_family(tokenizer_or_name: Any) -> str:
+def template_family(tokenizer: Any) -> str:
     """The chat template that a language model was probably tuned with, ``"plain"`` without evidence.
 
     A tokenizer's own chat template is the best evidence, then its name, then the control tokens it knows.
     """
-    name = tokenizer_or_name if isinstance(tokenizer_or_name, str) else str(tokenizer_or_name.name_or_path)
-    template = str(getattr(tokenizer_or_name, "chat_template", None) or "")
+    template = str(getattr(tokenizer, "chat_template", None) or "")
     for mark, family in (("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama3"), ("[INST]", "llama2")):
         if mark in template:
             return family
     if "USER:" in template:
         return "vicuna_v1"
     for pattern, family in _FAMILY_OF_NAME:
-        if re.search(pattern, name.lower()):
+        if re.search(pattern, str(tokenizer.name_or_path).lower()):
             return family
-    vocabulary: Callable[[], dict[str, int]] = getattr(tokenizer_or_name, "get_added_vocab", dict)
     for family in ("chatml", "llama3"):
-        if CONTROL_TOKENS[family][0] in vocabulary():
+        if CONTROL_TOKENS[family][0] in tokenizer.get_added_vocab():
             return family
     return "plain"
 
@@ -134,10 +133,8 @@ def check_text(text: Any, expected: str) -> None:
     """Raise DataError for what no tokenizer reads: no text, blank, or bytes that are not UTF-8."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"expected {expected}, got {text!r:.80}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}") from None
+    if not is_unicode(text):
+        raise DataError(f"expected {expected} in UTF-8, got {text!r:.80}")
 
 
 def closed_set_suffix(label_set: str = "COCO-80") -> str:

@@ -215,11 +215,8 @@ class Region(ABC):
     def close_up(self, width: int, height: int, margin: float, least: float) -> tuple[int, int, int, int]:
         """A half-open window x0, y0, x1, y1 of the image around the region.
 
-        Args:
-            width: Width of the image in pixels.
-            height: Its height.
-            margin: Room on each side, as a share of the region's bounds.
-            least: Least side in pixels, as far as the image has them.
+        ``margin`` is the room on each side, as a share of the region's bounds, ``least`` the least side in pixels, as
+        far as the image has them.
         """
         x0, y0, x1, y1 = self.bounds(width, height)
         sides = []
@@ -229,14 +226,6 @@ class Region(ABC):
             sides.append((math.floor(start), min(size, math.ceil(start + length))))
         (left, right), (top, bottom) = sides
         return left, top, right, bottom
-
-    def coverage(self, y_edges: ArrayLike, x_edges: ArrayLike, width: int, height: int) -> NDArray[np.float32]:
-        """Exact area (H, W) of the region, clipped to the image, inside each cell of a grid, in square pixels.
-
-        The grid is given by the ascending lines (H + 1,) and (W + 1,) between its cells, in pixels of the image.
-        """
-        rows, columns = (np.asarray(edges, np.float64) for edges in (y_edges, x_edges))
-        return self._resolve(width, height).coverage(rows, columns).astype(np.float32)
 
     def pool_weights(self, frame: SquareFrame, grid_h: int, grid_w: int, name: str = "") -> NDArray[np.float32]:
         """Weights (grid_h, grid_w), summing to 1, of a feature grid over the padded image. Paper: §3.1 (mask pooling).
@@ -327,7 +316,8 @@ class _Pixels(Region):
         pixels = self.pixels()
         (rows, columns), top, left = pixels.window.shape, pixels.top, pixels.left
         around = ((top, self.height - top - rows), (left, self.width - left - columns))
-        return {self.kind: _encoded(np.pad(pixels.window, around))}
+        coded = coco_mask.encode(np.asfortranarray(np.pad(pixels.window, around), np.uint8))
+        return {self.kind: {"size": [self.height, self.width], "counts": coded["counts"].decode("ascii")}}
 
     def _shape(self, width: int, height: int) -> Shape:
         if (self.height, self.width) != (height, width):
@@ -402,11 +392,6 @@ def _called(name: str) -> Iterator[None]:
         yield
     except RegionError as error:
         raise RegionError(str(error).replace("region:", f"{name}:", 1)) from None
-
-
-def _encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    coded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": coded["counts"].decode("ascii")}
 
 
 def _is_list(value: Any) -> bool:

@@ -98,15 +98,20 @@ def check_checkpoint(folder: str | Path) -> None:
     if (folder / "region_extractor").is_dir():
         how = f"regiongpt weights import spatialrgpt {folder} --out DIR"
         raise CheckpointError(f"{folder}: a SpatialRGPT checkpoint, which has to be imported first: {how}")
+    weight_files(folder, "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+
+
+def weight_files(folder: Path, *others: str) -> list[Path]:
+    """The files of weights that a folder's index names; CheckpointError if one, or one of the others, is missing."""
     index, weights = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
         try:
             weights = {str(name) for name in read_json(index, CheckpointError)["weight_map"].values()}
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: not an index of weights; copy the whole folder again") from None
-    wanted = ["config.json", *sorted(weights), "tokenizer.json", "tokenizer_config.json", "processor_config.json"]
-    if missing := [name for name in wanted if not (folder / name).is_file()]:
+    if missing := [name for name in (*others, *sorted(weights)) if not (folder / name).is_file()]:
         raise CheckpointError(f"the checkpoint {folder} lacks {', '.join(missing)}; copy the whole folder again")
+    return [folder / name for name in sorted(weights)]
 
 
 def check_new(folder: str | Path | None) -> None:
@@ -135,6 +140,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def is_below(name: str) -> bool:
     """Whether a relative path stays in its folder and uses ``/``."""
     return not re.search(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\0]", name)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def sha256(path: str | Path) -> str:

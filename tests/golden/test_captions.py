@@ -37,8 +37,7 @@ def test_finds_the_same_words(golden: dict[str, Any]) -> None:
 def test_scores_every_caption_alike(golden: dict[str, Any]) -> None:
     found = caption_scores(*sides(golden), metrics=("CIDEr", "ROUGE_L", "BLEU"))
     for name, each in found.items():
-        assert each.value == pytest.approx(golden["scores"][name.replace("BLEU", "Bleu")], abs=1e-6)
-        assert each.statistic.value() == pytest.approx(each.value, abs=1e-9)
+        assert each.statistic.value() == pytest.approx(golden["scores"][name.replace("BLEU", "Bleu")], abs=1e-6)
     for name in ("CIDEr", "ROUGE_L"):
         assert np.abs(found[name].items - [item[name] for item in golden["items"]]).max() < 1e-6
 
@@ -47,5 +46,5 @@ def test_scores_every_caption_alike(golden: dict[str, Any]) -> None:
 def test_scores_every_caption_alike_by_meteor(golden: dict[str, Any]) -> None:
     need_java()
     found = caption_scores(*sides(golden), metrics=("METEOR",))["METEOR"]
-    assert found.value == pytest.approx(golden["scores"]["METEOR"], abs=1e-6)
+    assert found.statistic.value() == pytest.approx(golden["scores"]["METEOR"], abs=1e-6)
     assert np.abs(found.items - [item["METEOR"] for item in golden["items"]]).max() < 1e-6

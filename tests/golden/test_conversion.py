@@ -114,8 +114,6 @@ def make_files(root: Path) -> None:
     write("llava.json", [{"id": f"{n:03d}", "image": f"{1 + n % 12}.png", "conversations": talk[: 2 + 2 * (n % 2)]}
                          for n in range(12)])  # fmt: skip
     region = {"polygon": [[1, 1, 40, 2, 33, 30]]}
-    write("described.jsonl", [{"id": n, "image": f"{n}.png", "width": 96, "height": 64, "region": region,
-                               "category": "cup", "caption": PHRASES[n % 5]} for n in range(1, 9)])  # fmt: skip
     turns = [
         {"task": "classify", "regions": [2], "label_set": "COCO-80", "guided": True, "answer": "dog"},
         {"task": "locate", "regions": [1, 2, 3], "expression": "the cup", "guided": True, "answer": "Region [2]"},
@@ -236,12 +234,6 @@ RUNS: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
         {"images": "images", "data": "llava.json"},
         "18539ce998038ffe",
         {"images": 12, "records": 12, "regions": 0, "task:chat": 18, "turns": 18},
-    ),
-    "region_captions": (
-        "region_captions",
-        {"images": "images", "data": "described.jsonl"},
-        "48e9e8781142bc52",
-        {"images": 8, "records": 8, "regions": 8, "task:describe": 8, "turns": 8},
     ),
     "jsonl": (
         "jsonl",

@@ -1,4 +1,4 @@
-"""Conversations: people's own json lines, this project's region captions, and LLaVA's files."""
+"""Conversations: people's own json lines, and LLaVA's files."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,10 @@ import pytest
 from converting import run
 from PIL import Image
 
-from regiongpt.data.chat import JsonlConverter, LlavaConverter, RegionCaptionsConverter
+from regiongpt.data.chat import JsonlConverter, LlavaConverter
 from regiongpt.data.shards import Rejects, usable
 from regiongpt.errors import DataError
 from regiongpt.prompts import REC_SUFFIX
-from regiongpt.regions import Region
 
 BOX = {"box": [1, 2, 20, 15]}
 CHAT = {"question": "What is <region1>?", "answer": "A cup."}
@@ -104,43 +103,6 @@ def test_ids_and_ends(tmp_path):
     made.data.write_text("<html>\n</html>\n")
     with pytest.raises(DataError, match=r"own\.jsonl: no line is a JSON object"):
         run(made)
-
-
-def described(**more: object) -> dict:
-    values = {"id": "a/1", "image": "a.png", "width": 40, "height": 30, "region": BOX, "category": "cup"}
-    return {**values, "caption": "A white cup with a blue rim.", "score": 0.31, **more}
-
-
-def captions(folder: Path, lines: list) -> RegionCaptionsConverter:
-    made = write(folder, lines)
-    return RegionCaptionsConverter(images=made.images, data=made.data)
-
-
-def test_region_captions(tmp_path):
-    polygon = {"polygon": [[1, 1, 9, 1, 9, 9]]}
-    (first, second), rejects = run(captions(tmp_path, [described(), described(id=2, region=polygon, category=None)]))
-    assert rejects == {}
-    assert [first.id, second.id] == ["region_captions/a/1", "region_captions/2"]
-    (turn,) = first.turns
-    assert (turn.task, turn.answer, turn.regions) == ("describe", "A white cup with a blue rim.", (1,))
-    assert (first.regions[0].region, first.regions[0].category) == (Region.box(1, 2, 20, 15), "cup")
-    assert (second.regions[0].region.kind, second.regions[0].category) == ("polygon", "")
-
-
-def test_faults_of_region_captions(tmp_path):
-    bad = {
-        "caption empty": [{"caption": " "}],
-        "placeholder in the text": [{"caption": "See <region2>."}],
-        "region that makes no sense": [{"region": {"box": [50, 2, 60, 9]}}, {"region": {}}],
-        "record of another format": [{"id": None}, {"width": "wide"}, {"category": 3}],
-        "image outside the folder": [{"image": "/a.png"}, {"image": None}],
-        "image of another size": [{"width": 80}],
-    }
-    changed = [each for many in bad.values() for each in many]
-    lines = [described(id="good"), *(described(**{"id": k, **each}) for k, each in enumerate(changed))]
-    records, rejects = run(captions(tmp_path, lines))
-    assert [record.id for record in records] == ["region_captions/good"]
-    assert rejects == {kind: len(many) for kind, many in bad.items()}
 
 
 def entry(name: object, *said: object, image: object = "a.png") -> dict:

@@ -9,7 +9,16 @@ import pytest
 from converting import record
 
 from regiongpt.data.records import Turn
-from regiongpt.data.shards import Mixture, MixturePart, RecordSet, Rejects, open_mixture, read_mixture, write_records
+from regiongpt.data.shards import (
+    Mixture,
+    MixtureConfig,
+    MixturePart,
+    RecordSet,
+    Rejects,
+    find_parts,
+    open_mixture,
+    write_records,
+)
 from regiongpt.data.sources import load_converter
 from regiongpt.errors import ConfigError, DataError
 
@@ -122,7 +131,7 @@ def test_a_wrong_file_ends_in_one_line_that_says_what_is_wrong(text: str, messag
     path = tmp_path / "m.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_mixture(path)
+        find_parts(path)
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -134,7 +143,7 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_the_papers_mixtures_are_read_and_their_commands_have_these_options(name: str) -> None:
     path = ROOT / "configs" / "data" / f"{name}.toml"
-    parts = read_mixture(path).parts
+    parts = MixtureConfig.load(path).parts
     assert all(part.weight == 1 and part.cap == 0 for part in parts)  # the paper limits boxes, not records
     given = commands(path)
     assert [words[-1] for words in given] == [f"ROOT/{part.records}" for part in parts]

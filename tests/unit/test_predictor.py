@@ -217,7 +217,7 @@ def test_answers_come_as_they_finish_and_may_be_left(predictor):
     answers = predictor.answers([Question(text="Why?", max_new_tokens=30), Question(text="Why?", max_new_tokens=1)])
     assert next(answers)[0] == 1
     answers.close()
-    assert predictor.engine.scheduler.active == 0
+    assert predictor.engine.scheduler.running == []
 
 
 def test_encoded_images_are_found_by_their_pixels_and_forgotten_by_age(parts, encoded):
@@ -254,7 +254,7 @@ def test_threads_have_images_of_their_own(parts):
     assert last == [expected[3]], "a thread that set no image asks about the last"
     run([threading.Thread(target=work, args=(seed,)) for seed in range(4)])
     assert found == {seed: [text] * 3 for seed, text in expected.items()}
-    assert predictor.engine.scheduler.active == 0
+    assert predictor.engine.scheduler.running == []
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
@@ -301,9 +301,9 @@ class Letters:
 def test_pieces_are_whole_characters_and_never_taken_back():
     reader, pieces = TextReader(Letters(), stop=["END"]), []
     for byte in "Zwei Kätzchen, 猫と犬 EN route END never".encode():
-        reader.push(byte)
+        reader.read(byte)
         pieces.append(reader.take())
-    reader.finish()
+    reader.read(final=True)
     pieces.append(reader.take(final=True))
     assert "".join(pieces) == "Zwei Kätzchen, 猫と犬 EN route "
     assert {"ä", "猫", "EN "} <= set(pieces)
@@ -311,9 +311,9 @@ def test_pieces_are_whole_characters_and_never_taken_back():
     assert reader.stopped
     unfinished = TextReader(Letters())
     for byte in "Kä".encode()[:-1]:
-        unfinished.push(byte)
+        unfinished.read(byte)
     assert unfinished.text == "K"
-    unfinished.finish()
+    unfinished.read(final=True)
     assert unfinished.text == "K\ufffd"
 
 

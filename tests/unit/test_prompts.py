@@ -137,12 +137,12 @@ class _Tokenizer:
 @pytest.mark.parametrize(
     ("model", "family"),
     [
-        ("lmsys/vicuna-7b-v1.5", "vicuna_v1"),
-        ("meta-llama/Llama-2-7b-chat-hf", "llama2"),
-        ("meta-llama/Llama-2-7b-hf", "plain"),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
-        ("Qwen/Qwen2.5-0.5B-Instruct", "chatml"),
-        ("gpt2", "plain"),
+        (_Tokenizer("lmsys/vicuna-7b-v1.5"), "vicuna_v1"),
+        (_Tokenizer("meta-llama/Llama-2-7b-chat-hf"), "llama2"),
+        (_Tokenizer("meta-llama/Llama-2-7b-hf"), "plain"),
+        (_Tokenizer("meta-llama/Meta-Llama-3-8B-Instruct"), "llama3"),
+        (_Tokenizer("Qwen/Qwen2.5-0.5B-Instruct"), "chatml"),
+        (_Tokenizer("gpt2"), "plain"),
         (_Tokenizer(template="{{ '<|im_start|>' }}"), "chatml"),
         (_Tokenizer(template="{{ '[INST]' }}"), "llama2"),
         (_Tokenizer(template="{{ 'USER: ' }}"), "vicuna_v1"),

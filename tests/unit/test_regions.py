@@ -63,13 +63,18 @@ def scenes(draw, kind=None):
     return Region.polygon([triangle, *rings]), width, height
 
 
+def areas(region, y_edges, x_edges, width, height):
+    """Exact area of the region in each cell of a grid, in square pixels."""
+    return region._resolve(width, height).coverage(np.asarray(y_edges, float), np.asarray(x_edges, float))
+
+
 @repeatable
 @given(scenes(), st.integers(1, 30), st.integers(1, 30))
 def test_coverage_of_a_padded_grid_adds_up_to_the_area(scene, grid_h, grid_w):
     region, width, height = scene
     frame = SquareFrame(width, height)
-    coverage = region.coverage(*frame.edges(grid_h, grid_w), width, height)
-    assert (coverage.shape, coverage.dtype) == ((grid_h, grid_w), np.float32)
+    coverage = areas(region, *frame.edges(grid_h, grid_w), width, height)
+    assert coverage.shape == (grid_h, grid_w)
     assert coverage.min() >= 0
     assert coverage.sum(dtype=float) == pytest.approx(region.area(width, height), rel=1e-4)
     cell = frame.side**2 / grid_h / grid_w
@@ -92,7 +97,7 @@ def test_every_cell_of_any_grid_agrees_with_shapely(scene, data):
     lines = st.lists(st.floats(-20, 80).map(lambda v: round(v, 3)), min_size=2, max_size=6, unique=True).map(sorted)
     y_edges, x_edges = np.array(data.draw(lines)), np.array(data.draw(lines))
     expected = cells(geometry, y_edges, x_edges)
-    np.testing.assert_allclose(region.coverage(y_edges, x_edges, width, height), expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(areas(region, y_edges, x_edges, width, height), expected, rtol=1e-4, atol=1e-3)
 
 
 def cells(geometry, y_edges, x_edges):
@@ -110,8 +115,8 @@ def test_mask_by_hand():
     assert region.check(4, 4) is region
     assert region.area(4, 4) == 5
     assert region.bounds(4, 4) == (0, 0, 3, 3)
-    np.testing.assert_array_equal(region.coverage([0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
-    np.testing.assert_allclose(region.coverage([0.5, 2.5, 3.5], [0.5, 1.5, 9], 4, 4), [[1.25, 0.75], [0.5, 0.75]])
+    np.testing.assert_array_equal(areas(region, [0, 2, 4], [0, 2, 4], 4, 4), [[2, 0], [2, 1]])
+    np.testing.assert_allclose(areas(region, [0.5, 2.5, 3.5], [0.5, 1.5, 9], 4, 4), [[1.25, 0.75], [0.5, 0.75]])
     np.testing.assert_array_equal(region.to_mask(4, 4), L_SHAPE)
 
 
@@ -137,7 +142,7 @@ def test_a_pixel_is_in_the_mask_if_half_of_it_is_inside_and_of_a_sliver_the_one_
 def test_polygon_notations_and_knots(points, area):
     region = Region.polygon(points)
     assert region.area(10, 10) == pytest.approx(area)
-    assert region.coverage([0, 3.3, 10], [0, 2.2, 7, 10], 10, 10).sum() == pytest.approx(area, rel=1e-5)
+    assert areas(region, [0, 3.3, 10], [0, 2.2, 7, 10], 10, 10).sum() == pytest.approx(area, rel=1e-5)
     assert region.to_mask(10, 10).sum() == pytest.approx(area, abs=10)
 
 
@@ -310,7 +315,7 @@ def test_long_strokes_are_drawn_piece_by_piece(width):
     whole = shapely.make_valid(shapely.buffer(shapely.LineString(line), width / 2, quad_segs=32))
     y_edges, x_edges = SquareFrame(80, 60).edges(24, 24)
     expected = cells(shapely.intersection(whole, shapely.box(0, 0, 80, 60)), y_edges, x_edges)
-    found = Region.scribble(line, width=width).coverage(y_edges, x_edges, 80, 60)
+    found = areas(Region.scribble(line, width=width), y_edges, x_edges, 80, 60)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 

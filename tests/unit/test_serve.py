@@ -266,7 +266,7 @@ def test_a_client_with_many_regions_does_not_hold_up_another(predictor, monkeypa
         many = {**regions_body(max_tokens=30), "regions": [[n, n, n + 9, n + 9] for n in range(20)]}
         first = threading.Thread(target=ask, args=(ALICE, f"v1/{DESCRIBE}", many))
         first.start()
-        wait_for(lambda: predictor.engine.scheduler.active == 4)
+        wait_for(lambda: len(predictor.engine.scheduler.running) == 4)
         ask(BOB, f"v1/{CHAT}", chat_body())
         first.join()
     predictor.engine.scheduler.rows = rows
@@ -284,10 +284,10 @@ def test_who_has_gone_leaves_the_batch_at_once(served: Served, predictor, monkey
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     if stream:
         assert connection.getresponse().read(20)
-    wait_for(lambda: predictor.engine.scheduler.active == 1 and len(jobs[0].tokens) > 2)
+    wait_for(lambda: len(predictor.engine.scheduler.running) == 1 and len(jobs[0].tokens) > 2)
     connection.sock.close() if connection.sock else None
     connection.close()
-    wait_for(lambda: predictor.engine.scheduler.active == 0)
+    wait_for(lambda: len(predictor.engine.scheduler.running) == 0)
     wait_for(lambda: served.server.guard.open == 0)
     assert jobs[0].cancelled
     assert len(jobs[0].tokens) < 400
@@ -394,7 +394,7 @@ def test_a_request_that_takes_too_long_ends(predictor, endless, stream):
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "max_seconds"
         else:
             assert mistake(response) == (408, "max_seconds")
-        wait_for(lambda: predictor.engine.scheduler.active == 0)
+        wait_for(lambda: len(predictor.engine.scheduler.running) == 0)
 
 
 BOX = {"box": [4, 4, 30, 20]}

@@ -15,7 +15,6 @@ import pytest
 import torch
 from learning import Examples, collate, example, full_disk, learn, settings
 from tiny import text_config, tiny_inputs, tiny_model
-from transformers import LlamaConfig
 
 from regiongpt.environment import Processes
 from regiongpt.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +22,7 @@ from regiongpt.model import RegionGPTForConditionalGeneration
 from regiongpt.train.checkpoint import Checkpoints
 from regiongpt.train.dataset import TASKS, answer_loss, task_numbers
 from regiongpt.train.loop import StepBatches, targets_in
-from regiongpt.train.packing import PackedCollate, attends_in_units, plan_rows, require_packable, units_on_cpu
+from regiongpt.train.packing import PackedCollate, attend_in_units
 from regiongpt.train.recipe import EngineConfig, LoraConfig, WatchConfig
 from regiongpt.train.stages import choose_learners, merge_adapters
 from regiongpt.train.watch import DEV, LOG, Watch, read_lines
@@ -65,16 +64,6 @@ def test_a_step_takes_the_same_items_however_they_are_spread(items: int, micro: 
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_hold_every_conversation_once_and_no_more_than_fits() -> None:
-    drawn = random.Random(0)
-    for _ in range(50):
-        lengths = [drawn.randint(1, 60) for _ in range(drawn.randint(1, 20))]
-        longest = drawn.randint(10, 100)
-        rows = plan_rows(lengths, longest, 50.0)
-        assert sorted(k for row in rows for k in row) == list(range(len(lengths)))
-        assert max(sum(lengths[k] for k in row) for row in rows) <= max(longest, *lengths)
-
-
 def gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = answer_loss(model, {name: value for name, value in batch.items() if name != "tasks"}, targets_in(batch))
@@ -82,17 +71,15 @@ def gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("in_units", [False, True])
-@pytest.mark.parametrize("longest", [1, 60, 4096])
 @pytest.mark.parametrize("texts", [(), (1, 4), range(8)])
-def test_packed_loss_and_gradients_are_those_of_the_padded_batch(in_units: bool, longest: int, texts: Any) -> None:
+def test_packed_loss_and_gradients_are_those_of_the_padded_batch(texts: Any) -> None:
     model = tiny_model(text_config=text_config(num_key_value_heads=2)).train()
     isolated = [k for k in (0, 2, 3) if k not in texts]
     examples = [example(k, model.config, k in texts, k in isolated) for k in range(8)]
-    packed = PackedCollate(collate, longest, 100.0)(examples)
-    assert (packed["packed_documents"] >= 0).sum() == sum(len(each["input_ids"]) for each in examples)
-    # Each by itself is what the padded batch is held to as well; isolated turns have no other padded form here.
-    alone = [PackedCollate(collate, 1, 100.0)([each]) for each in examples]
+    packed = PackedCollate(collate)(examples)
+    assert packed["packed_from"].shape == (1, sum(len(each["input_ids"]) for each in examples))
+    # Isolated turns are held to the padded form of a conversation by itself, by the mask of all its turns.
+    alone = {k: {**collate([examples[k]]), "turns": examples[k]["turns"][None]} for k in isolated}
     plain = collate([each for k, each in enumerate(examples) if k not in isolated])
     targets = int(targets_in(packed))
     total, sums = 0.0, {}
@@ -102,10 +89,8 @@ def test_packed_loss_and_gradients_are_those_of_the_padded_batch(in_units: bool,
         total += share * loss
         for name, gradient in grads.items():
             sums[name] = sums.get(name, 0) + share * gradient
-    with units_on_cpu(model.language_model, torch.device("cpu" if in_units else "meta")):
-        assert attends_in_units(model.language_model) == in_units
-        loss, grads = gradients(model, packed)
-    assert not attends_in_units(model.language_model)
+    attend_in_units(model.language_model)
+    loss, grads = gradients(model, packed)
     assert loss == pytest.approx(total, rel=1e-5)
     assert_close(grads, sums)
     assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -115,10 +100,17 @@ def test_packed_loss_and_gradients_are_those_of_the_padded_batch(in_units: bool,
     "options", [{"sliding_window": 64}, {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}]
 )
 def test_a_language_model_with_a_window_is_not_packed(options: dict[str, Any]) -> None:
-    require_packable(LlamaConfig())
-    require_packable(SimpleNamespace(sliding_window=64, use_sliding_window=False))
+    def language(supported: bool = True, **given: Any) -> Any:
+        config = SimpleNamespace(_attn_implementation="sdpa", **given)
+        config.get_text_config = lambda: config
+        return SimpleNamespace(config=config, _supports_attention_backend=supported)
+
+    attend_in_units(language())
+    attend_in_units(language(sliding_window=64, use_sliding_window=False))
     with pytest.raises(ConfigError, match=r"attend to all earlier tokens"):
-        require_packable(SimpleNamespace(**options))
+        attend_in_units(language(**options))
+    with pytest.raises(ConfigError, match=r"with torch's attention"):
+        attend_in_units(language(supported=False))
 
 
 # -- a stage in one process --------------------------------------------------------------------------------------------

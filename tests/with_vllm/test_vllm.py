@@ -113,7 +113,7 @@ def test_closing_a_stream_ends_its_answer(engine: VllmEngine, served: Served) ->
     body, before = chat_body(max_tokens=1000, temperature=2, seed=3, stream=True), cancelled(served)
     with served.http() as client, client.stream("POST", CHAT, json=body) as stream:
         assert next(stream.iter_lines()).startswith("data: ")
-    wait_for(lambda: cancelled(served) == before + 1 and not engine.scheduler.active)
+    wait_for(lambda: cancelled(served) == before + 1 and not engine.scheduler.running)
     assert not engine.scheduler.llm.has_unfinished_requests()
     assert served.post(CHAT, chat_body()).status_code == 200
 

@@ -1,4 +1,4 @@
-"""Conversation files: your own JSON lines, region captions (paper §3.3), and LLaVA's mixes (§3.2)."""
+"""Conversation files: your own JSON lines, and LLaVA's mixes (paper §3.2)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +8,7 @@ from pydantic import AfterValidator, Field
 
 from regiongpt.data.reading import (
     MALFORMED,
-    Caption,
     Identity,
-    ImageName,
     Row,
     Side,
     Words,
@@ -122,36 +120,6 @@ def _turn(given: Any, where: str, n_regions: int) -> Turn:
         raise Fault("unknown category", f"{where}expected a name of {row.label_set}, got {short(row.answer)}")
     values = {"task": task, "question": row.question or "", "regions": tuple(row.regions)}
     return Turn(**{**row.model_dump(), **values})
-
-
-class _Described(Row):
-    id: Identity
-    image: ImageName
-    width: Side
-    height: Side
-    region: dict[str, Any]
-    category: Words | None = None
-    caption: Caption
-
-
-class RegionCaptionsConverter(Converter):
-    """One described region a line; other keys, such as scores of a caption engine, are ignored."""
-
-    name: ClassVar[str] = "region_captions"
-    summary: ClassVar[str] = "this project's own detailed descriptions of regions"
-
-    data: Path
-    """JSON lines file."""
-
-    def records(self, rejects: Rejects) -> Iterator[Record]:
-        """One record a line, in the order of the file."""
-        for number, entry in iter_lines(self.data, rejects):
-            with rejects.noting(self.data, number):
-                row = _Described.read(entry)
-                size = check_image(self.images / row.image, row.width, row.height)
-                region = RecordRegion(region=Region.from_dict(row.region), category=row.category or "")
-                turn = Turn(task="describe", answer=row.caption, regions=(1,))
-                yield self.record(row.id, row.image, size, [region], [turn])
 
 
 class _Message(Row):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from regiongpt.data.records import Record
 from regiongpt.data.shards import Fault, RecordSet, counted, fault_of, many, require_data_extra
-from regiongpt.drawing import aligned, check_picture, draw_regions, save_picture
+from regiongpt.drawing import Rows, aligned, check_picture, draw_regions, save_picture
 from regiongpt.environment import progress
 from regiongpt.errors import DataError, RegionGPTError, naming
 from regiongpt.images import load_image
@@ -119,11 +119,7 @@ def _described(record: Record, index: int) -> str:
 # -- Statistics --------------------------------------------------------------------------------------------------------
 
 
-Table = list[list[str]]
-"""Rows of text, the first of them the header."""
-
-
-def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> list[Table]:
+def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int]) -> list[Rows]:
     """Counts over records, with the rejects of their conversion; empty tables are left out.
 
     ``regions`` of a task are those that its questions are about.
@@ -147,7 +143,7 @@ def statistics(source: str, records: Iterable[Record], rejects: Mapping[str, int
     def average(counts: Counter[str]) -> str:
         return f"{counts['words'] / max(1, counts['turns']):.2f}"
 
-    def shared(name: str, counts: Sequence[tuple[str, int]]) -> Table:
+    def shared(name: str, counts: Sequence[tuple[str, int]]) -> Rows:
         rows = [[part, f"{n:,}", f"{100 * n / n_regions:.1f} %"] for part, n in counts[:_MOST_CATEGORIES]]
         if rest := [n for _, n in counts[_MOST_CATEGORIES:]]:
             rows.append([f"{len(rest):,} more", f"{sum(rest):,}", f"the rarest {rest[-1]:,}"])

@@ -18,7 +18,7 @@ from regiongpt.errors import DataError, short
 from regiongpt.prompts import IMAGE_TOKEN, PLACEHOLDER
 from regiongpt.regions import MIN_AREA
 from regiongpt.settings import explain
-from regiongpt.storage import is_below, reason
+from regiongpt.storage import is_below, is_unicode, reason
 
 Corners = tuple[float, float, float, float]
 MALFORMED: Final = "record of another format"
@@ -107,15 +107,6 @@ def unicode_text(text: str) -> str:
     return text
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def image_name(name: Any) -> str:
     """The path of an image below the images' folder; Fault for any other."""
     if isinstance(name, str) and name and is_unicode(name) and is_below(name):
@@ -189,7 +180,6 @@ Side = Annotated[
 ]
 ImageName = Annotated[str, BeforeValidator(image_name)]
 Expression = Annotated[str, BeforeValidator(lambda value: plain_text(value, "expression"))]
-Caption = Annotated[str, BeforeValidator(lambda value: plain_text(value, "caption"))]
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------
@@ -208,12 +198,11 @@ class _Json:
             self.at += 1
         return found
 
-    def take(self, expected: str) -> str:
-        """Move past the next character, which must be one of ``expected``."""
-        if not (found := self.peek()) or found not in expected:
-            raise JSONDecodeError(f"expected {' or '.join(expected)}", self.text, self.at)
+    def take(self, expected: str) -> None:
+        """Move past the next character, which must be this one."""
+        if self.peek() != expected:
+            raise JSONDecodeError(f"expected {expected}", self.text, self.at)
         self.at += 1
-        return found
 
     def value(self) -> Any:
         """Move past one whole value and return it."""
@@ -221,21 +210,18 @@ class _Json:
         value, self.at = _DECODE(self.text, self.at)
         return value
 
-    def items(self, brackets: str) -> Iterator[None]:
-        """Stop before each element of an array or object; the caller moves past it."""
+    def items(self, brackets: str) -> Iterator[str]:
+        """Stop before each element of an array, or value of an object, with its key; the caller moves past it."""
         self.take(brackets[0])
         while self.peek() != brackets[1]:
-            yield
+            key = ""
+            if brackets == "{}":
+                key = str(self.value())
+                self.take(":")
+            yield key
             if self.peek() != brackets[1]:
                 self.take(",")
         self.take(brackets[1])
-
-    def keys(self) -> Iterator[str]:
-        """The keys of an object; the caller moves past the value of each."""
-        for _ in self.items("{}"):
-            key = str(self.value())
-            self.take(":")
-            yield key
 
 
 def iter_array(path: Path, key: str | None = None) -> Iterator[Any]:
@@ -255,7 +241,7 @@ def iter_arrays(path: Path, keys: Sequence[str] | None) -> Iterator[tuple[str, A
         file = _Json(path)
         if file.peek() != ("[" if keys is None else "{"):
             raise DataError(f"{path}: expected json that is {wanted}, got {short(file.text[:20])}; give another file")
-        for key in ("",) if keys is None else file.keys():
+        for key in ("",) if keys is None else file.items("{}"):
             if file.peek() != "[" or (keys is not None and key not in keys):
                 file.value()
                 continue

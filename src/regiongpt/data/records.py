@@ -103,9 +103,7 @@ class Record:
         regions = [
             {**region_row(each.region), "category": each.category, "source_id": each.source_id} for each in self.regions
         ]
-        turns = [
-            {**{name: getattr(turn, name) for name in _TURN}, "regions": list(turn.regions)} for turn in self.turns
-        ]
+        turns = [{name: getattr(turn, name) for name in Turn.__slots__} for turn in self.turns]
         whole = {name: getattr(self, name) for name in ("id", "source", "task", "image", "width", "height")}
         return {**whole, "regions": regions, "turns": turns}
 
@@ -123,9 +121,6 @@ class Record:
         except (KeyError, TypeError, ValueError, RegionError) as error:
             told = f"not a record of schema version {SCHEMA_VERSION} ({error!r}); convert the source again"
             raise DataError(told) from error
-
-
-_TURN: Final = ("task", "question", "answer", "regions", "expression", "category", "label_set", "guided")
 
 
 @lru_cache(maxsize=1 << 12)

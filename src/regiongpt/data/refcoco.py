@@ -11,10 +11,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from regiongpt.data.coco import InstancesFile, is_crowd
+from regiongpt.data.coco import InstancesFile, ObjectAnnotation, is_crowd
 from regiongpt.data.reading import (
     APART,
-    Corners,
     Expression,
     ImageName,
     Row,
@@ -47,21 +46,13 @@ Refs = dict[int, dict[int, list[tuple[int, str]]]]
 """The ids and words of expressions, by image and by the object that they refer to."""
 
 
-class SceneObject(NamedTuple):
-    """One annotated object, or a crowd of them."""
-
-    box: Corners
-    category: str
-    crowd: bool
-
-
 class Scene(NamedTuple):
     """An image with its annotated objects by their ids."""
 
     path: str
     width: int
     height: int
-    objects: dict[int, SceneObject]
+    objects: dict[int, ObjectAnnotation]
 
 
 class _RefRow(Row):
@@ -165,7 +156,8 @@ def read_json(path: Path, dataset: str, rejects: Rejects) -> tuple[Refs, dict[in
             ann_id = drawn.id if drawn.original_id is None else drawn.original_id
             frame = (expression.file_name, expression.width, expression.height)
             box = clipped_box(drawn.bbox, *frame[1:])
-            one = SceneObject(box, categories[drawn.category_id].name, bool(is_crowd(drawn.iscrowd)))
+            name, crowd = categories[drawn.category_id].name, bool(is_crowd(drawn.iscrowd))
+            one = ObjectAnnotation(id=ann_id, category=name, box=box, iscrowd=crowd)
             scenes.setdefault(image_id, Scene(*frame, {})).objects.setdefault(ann_id, one)
             refs.setdefault(image_id, {}).setdefault(ann_id, []).append((number, expression.caption))
     return refs, scenes
@@ -176,7 +168,7 @@ def read_instances(path: Path, wanted: set[int], rejects: Rejects) -> dict[int, 
     file = InstancesFile(path, rejects, crowds="keep", wanted=wanted)
     scenes: dict[int, Scene] = {}
     for image, found in file.by_image():
-        objects = {each.id: SceneObject(each.box, file.names[each.category], each.crowd) for each in found}
+        objects = {each.id: file.annotation(each) for each in found}
         scenes[image.id] = Scene(image.path, image.width, image.height, objects)
     return scenes
 
@@ -281,7 +273,7 @@ class RefCocoConverter(Converter):
             for _, text in expressions:
                 meant.setdefault(text.lower(), set()).add(ann_id)
         for ann_id, expressions in refs.items():
-            rest = [each for each, one in sorted(scene.objects.items()) if not one.crowd and each != ann_id]
+            rest = [each for each, one in sorted(scene.objects.items()) if not one.iscrowd and each != ann_id]
             shared = overlaps(scene.objects[ann_id].box, [scene.objects[each].box for each in rest])
             apart = [each for each, share in zip(rest, shared, strict=True) if share < SAME_OBJECT]
             for sent_id, text in expressions:
@@ -302,8 +294,7 @@ class RefCocoConverter(Converter):
     def _record(self, key: str, scene: Scene, ann_ids: list[int], turns: list[Turn]) -> Record:
         regions = []
         for number in ann_ids:
-            box, category, _ = scene.objects[number]
-            source_id = str(number) if number >= 0 else ""
-            regions.append(RecordRegion(region=Region.box(*box), category=category, source_id=source_id))
+            one, source_id = scene.objects[number], str(number) if number >= 0 else ""
+            regions.append(RecordRegion(region=Region.box(*one.box), category=one.category, source_id=source_id))
         place = f"{self.dataset}-{self._partition}/{self.split}"
         return self.record(f"{place}/{key}", scene.path, (scene.width, scene.height), regions, turns)

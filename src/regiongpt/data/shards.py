@@ -339,13 +339,6 @@ class MixtureConfig(Settings):
         return parts
 
 
-def read_mixture(path: str | Path) -> MixtureConfig:
-    """Read a mixture's TOML file; ConfigError if it cannot be used."""
-    values = read_toml(Path(path))
-    with naming(str(path)):
-        return MixtureConfig(**values)
-
-
 def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path | None, Part]]:
     """Folders of records, folders of images where given, and settings of a mixture's parts; no record is read.
 
@@ -361,12 +354,11 @@ def find_parts(path: str | Path, root: str | Path = "") -> list[tuple[Path, Path
         return [(path, None, Part(records=str(path)))]
     if not path.exists():
         raise DataError(f"{path}: no such folder of records or mixture file; make one with `regiongpt convert`")
-    base = Path(root) if root else path.parent
-    found = [(base / part.records, base / part.images if part.images else None, part)
-             for part in read_mixture(path).parts]  # fmt: skip
-    for folder, *_ in found:
-        with naming(str(path)):
-            Manifest.read(folder)
+    base, values, found = Path(root) if root else path.parent, read_toml(path), []
+    with naming(str(path)):
+        for part in MixtureConfig(**values).parts:
+            Manifest.read(base / part.records)
+            found.append((base / part.records, base / part.images if part.images else None, part))
     return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from regiongpt.data.coco import Frame, Instance, InstancesFile, Shapes, crowd_hint, read_captions
-from regiongpt.data.reading import Words, is_unicode
+from regiongpt.data.reading import Words
 from regiongpt.data.records import Record, RecordRegion, Turn
 from regiongpt.data.shards import (
     CROWD,
@@ -36,6 +36,7 @@ from regiongpt.errors import ConfigError, DataError, short
 from regiongpt.prompts import LABEL_SETS
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
+from regiongpt.storage import is_unicode
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ CONVERTERS: Final[dict[str, str]] = {
     "vg": "visual_genome:VisualGenomeConverter",
     "refcoco": "refcoco:RefCocoConverter",
     "llava": "chat:LlavaConverter",
-    "region_captions": "chat:RegionCaptionsConverter",
     "jsonl": "chat:JsonlConverter",
 }
 """Module and class of each converter, imported when it is asked for."""

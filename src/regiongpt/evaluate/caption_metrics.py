@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from regiongpt.errors import ConfigError, DataError
+from regiongpt.errors import ConfigError
 from regiongpt.evaluate.bootstrap import Floats, Statistic, mean_statistic, ratio, sum_statistic
 
 Metric = Literal["METEOR", "CIDEr", "ROUGE_L", "BLEU"]
@@ -38,11 +38,6 @@ class CaptionScore(NamedTuple):
 
     items: Floats
     statistic: Statistic
-
-    @property
-    def value(self) -> float:
-        """The metric over the whole set."""
-        return self.statistic.value()
 
 
 def caption_scores(
@@ -82,12 +77,9 @@ def caption_scores(
 
 
 def tokenized(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The scored words of captions and references; DataError where an item has no reference with words."""
+    """The scored words of captions, and of those references that have any."""
     flat = iter(scored_words([text for those in references for text in those]))
     wanted = [[words for _ in those if (words := next(flat))] for those in references]
-    for number, those in enumerate(wanted):
-        if not those:
-            raise DataError(f"references[{number}]: no reference has a word, in {list(references[number])!r}")
     return scored_words(captions), wanted
 
 

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import isnan
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from regiongpt.data.coco import InstancesFile, crowd_hint
+from regiongpt.data.coco import Federated, InstancesFile, crowd_hint
 from regiongpt.data.shards import many
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.evaluate.bootstrap import Floats, Statistic, known_mean, mean_statistic, ratio
@@ -23,11 +23,6 @@ from regiongpt.regions import Region
 MATCH: Final = "generate and match"
 PROBABLE: Final = "generate with probability"
 SCORED: Final = "score all choices"
-FIGURES: Final = (
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
-    *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
-)
-"""The twelve results of the COCO API, in its order. Small is below 32^2 px^2 of object area, large from 96^2."""
 FREQUENCIES: Final = {"r": "AP_rare", "c": "AP_common", "f": "AP_frequent"}
 """LVIS' groups of categories, by the letter in its annotations, and the precision of each."""
 MOST_RESAMPLES: Final = 200
@@ -111,7 +106,7 @@ class CocoClassification(Task):
     def measure(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> Measured:
         """All protocols that the answers allow: only the first without probabilities and scores."""
         ids: dict[str, int] = items[0].detail["ids"]
-        names, federated = list(ids), items[0].detail["federated"]
+        names, rules = list(ids), items[0].detail["federated"]
         texts, sure, rated = (given(items, answers, kind) for kind in ("text", "probability", "scores"))
         said = [read_name(text or "", ids) for text in texts]
         unsure = [item.id for item, name, p in zip(items, said, sure, strict=True) if name and p is None]
@@ -125,7 +120,6 @@ class CocoClassification(Task):
             rates = [dict(zip(names, scores, strict=True)) if scores else {} for scores in rated]
             found[SCORED] = [max(each, key=each.__getitem__) if each else None for each in rates], rates
         truth, images = _truth(items, ids), images_of(items)
-        rules = Federated(**federated) if federated is not None else None
         of = Counter(dict.fromkeys(("AP_small", "AP_medium", "AP_large", *FREQUENCIES.values()), 0))
         of.update(f"AP_{item.groups['size']}" for item in items)
         if rules:
@@ -142,7 +136,7 @@ class CocoClassification(Task):
                 "accuracy": mean_statistic(images, right),
                 "class_average": mean_statistic(images, right, [item.truth for item in items]),
                 "valid_answers": mean_statistic(images, [float(name is not None) for name in answered]),
-                **detection_scores(truth, detections, rules).statistics,
+                **detection_scores(truth, detections, rules),
             }
             protocols[protocol] = Scored(statistics=statistics, scores={"accuracy": right}, of=of)
         notes = []
@@ -191,29 +185,10 @@ def _truth(items: Sequence[Item], ids: Mapping[str, int]) -> dict[str, Any]:
 # -- Average precision -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Federated:
-    """LVIS' fields for images that are not annotated exhaustively."""
-
-    # By image, categories known not to be there: detections of those neither annotated nor in here do not count.
-    absent: Mapping[int, Collection[int]]
-    # By image, categories of which only some objects were annotated: unmatched detections do not count.
-    partly: Mapping[int, Collection[int]]
-    frequency: Mapping[int, str]  # by category, "r", "c" or "f"
-
-
-class DetectionScores(NamedTuple):
-    """COCOeval's results for detections."""
-
-    # FIGURES, or by LVIS' rules the six precisions and those of FREQUENCIES; NaN where there is nothing to find.
-    figures: Mapping[str, float]
-    statistics: Mapping[str, Statistic]  # the precisions
-
-
 def detection_scores(
     truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], federated: Federated | None = None
-) -> DetectionScores:
-    """Score boxes against annotations.
+) -> dict[str, Statistic]:
+    """Score boxes against annotations: COCO's six precisions, by LVIS' rules those of :data:`FREQUENCIES` too.
 
     Args:
         truth: COCO's json: ``images``, ``annotations`` with ``area`` and ``iscrowd``, ``categories``.
@@ -240,18 +215,11 @@ def detection_scores(
         if federated is not None:
             evaluation.params.maxDets = [_LVIS_MOST]
         evaluation.evaluate()
-        partly = federated.partly if federated is not None else {}
-        for each in evaluation.evalImgs:
-            if each is not None and each["category_id"] in partly.get(each["image_id"], ()):
-                each["dtIgnore"] = np.asarray(each["dtIgnore"], bool) | (each["dtMatches"] == 0)
-        if federated is None:
-            evaluation.accumulate()
-            evaluation.summarize()
-    statistics = _precisions(evaluation, detections, federated)
-    if federated is not None:
-        return DetectionScores({name: statistic.value() for name, statistic in statistics.items()}, statistics)
-    stats = [float("nan") if value < 0 else float(value) for value in evaluation.stats]
-    return DetectionScores(dict(zip(FIGURES, stats, strict=True)), statistics)
+    partly = federated.partly if federated is not None else {}
+    for each in evaluation.evalImgs:
+        if each is not None and each["category_id"] in partly.get(each["image_id"], ()):
+            each["dtIgnore"] = np.asarray(each["dtIgnore"], bool) | (each["dtMatches"] == 0)
+    return _precisions(evaluation, detections, federated)
 
 
 def _looked_for(

@@ -4,14 +4,15 @@ The judges are annotations and pixels; undecided claims are counted separately.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
-from regiongpt.data.coco import ImageAnnotations
+from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import (
     GROUPS,
     UNKNOWN,
@@ -29,7 +30,7 @@ from regiongpt.data.facts import (
 from regiongpt.data.shards import many
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import SumStatistic, ratio, sum_statistic
-from regiongpt.evaluate.task import AnnotatedTask, Answer, Item, Measured, Scored, given, images_of, listed
+from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given, images_of, listed
 from regiongpt.prompts import COCO_80, COMMON, OFF_TOPIC, question
 from regiongpt.regions import Region
 
@@ -50,21 +51,29 @@ class Judged(NamedTuple):
     true: bool | None
 
 
-class Facts(AnnotatedTask):
+class Facts(Task):
     """Describes and names every object, relates some pairs, and asks about present and absent classes."""
 
     name: ClassVar[str] = "facts"
     summary: ClassVar[str] = "truth of the claims in a model's answers; needs only COCO annotations"
-    item_id: ClassVar[str] = "question id"
     by: ClassVar[tuple[str, ...]] = ("question",)
+
+    split: str = "dev"
+    """instances_SPLIT.json in the folder, with images/."""
 
     @cached_property
     def _images(self) -> dict[int, ImageAnnotations]:
-        return {image.image_id: image for image in self.annotated()}
+        data = load_coco(photo_sources(self.data, self.split))
+        self.left_out.counts.update(data.skipped)
+        return {image.image_id: image for image in data.images}
 
     @cached_property
-    def _views(self) -> dict[int, tuple[View, dict[int, str]]]:
-        return {}
+    def _view(self) -> Callable[[int], tuple[View, dict[int, str]]]:
+        return cache(lambda number: (View(self._images[number]), read_colours(self._images[number])))
+
+    def inputs(self) -> list[Path]:
+        """The annotations."""
+        return [source.instances for source in photo_sources(self.data, self.split)]
 
     def read_items(self) -> list[Item]:
         """Items by image: of each object, of pairs of objects that clearly relate, of classes."""
@@ -180,10 +189,7 @@ class Facts(AnnotatedTask):
         )
 
     def _true(self, item: Item, claim: Claim) -> bool | None:
-        number = int(item.image_id)
-        if number not in self._views:
-            self._views[number] = (View(self._images[number]), read_colours(self._images[number]))
-        view, colours = self._views[number]
+        view, colours = self._view(int(item.image_id))
         objects = {each.id: each for each in view.objects}
         about = [objects[each] for each in item.detail["objects"]]
         return holds(claim, view, about, colours, item.detail.get("asked", ""))

@@ -70,9 +70,9 @@ class RefCocogTask(Task):
             if scene is None or ann_id not in scene.objects:
                 rejects.add(APART, path, ann_id, "expected the object in the instances, found none")
                 continue
-            box, category, _ = scene.objects[ann_id]
+            one = scene.objects[ann_id]
             place = {"image": folder / scene.path, "image_id": image_id, "size": (scene.width, scene.height)}
-            found.append(Referred(place, ann_id, box, category, said))
+            found.append(Referred(place, ann_id, one.box, one.category, said))
         if not found:
             raise DataError(f"{path}: no objects of the split {self.split!r}; {rejects.summary()}")
         return found

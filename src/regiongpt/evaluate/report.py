@@ -10,11 +10,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from regiongpt.data.shards import many
-from regiongpt.drawing import aligned, draw_regions, picture, write_page
+from regiongpt.drawing import Rows, aligned, draw_regions, picture, write_page
 from regiongpt.errors import ConfigError, DataError, RegionGPTError
 from regiongpt.evaluate import TASKS
 from regiongpt.evaluate.bootstrap import TOO_FEW, Sampled, paired
-from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, PaperTable, Rows
+from regiongpt.evaluate.task import OURS, TABLES, Answer, Item, PaperTable
 from regiongpt.storage import finite, read_json, reason
 
 RESULT, MANIFEST, PAGE = "result.json", "manifest.json", "index.html"

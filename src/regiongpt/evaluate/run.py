@@ -178,7 +178,7 @@ def _ask(
         for key, item in zip(own, items, strict=True):
             if key not in known:
                 by_image.setdefault(item.image, {})[key] = item
-    if mine := processes.share(list(by_image.values()), len):
+    if mine := list(by_image.values())[processes.rank :: processes.count]:
         other = "baseline" in model
         groups = _batches(mine, model["batch_size"]) if other else mine
         predictor, name = load(), "asking" + (f", process 1 of {processes.count}" if processes.count > 1 else "")

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
-from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.reading import Row
 from regiongpt.data.shards import Rejects, many
+from regiongpt.drawing import Rows
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import Sampled, Statistic, resample
 from regiongpt.regions import Region
@@ -26,8 +26,6 @@ SIZES: Final = (("small", 32.0**2), ("medium", 96.0**2), ("large", float("inf"))
 """COCO's object sizes: name, and the area in px^2 below which it applies."""
 OURS: Final = "RegionGPT-7B"
 """The paper's model in its tables."""
-Rows = list[list[str]]
-"""A table of text, its header first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,23 +239,6 @@ def printed(task: str) -> dict[str, dict[str, float]]:
 
 
 # -- What tasks share --------------------------------------------------------------------------------------------------
-
-
-class AnnotatedTask(Task):
-    """A benchmark whose questions are made from COCO's annotations."""
-
-    split: str = "dev"
-    """instances_SPLIT.json in the folder, with images/."""
-
-    def inputs(self) -> list[Path]:
-        """The annotations."""
-        return [source.instances for source in photo_sources(self.data, self.split)]
-
-    def annotated(self) -> list[ImageAnnotations]:
-        """The images with their objects."""
-        data = load_coco(photo_sources(self.data, self.split))
-        self.left_out.counts.update(data.skipped)
-        return list(data.images)
 
 
 def find(given: Path | None, folder: Path, names: Iterable[str], option: str, *, file: bool = True) -> Path:

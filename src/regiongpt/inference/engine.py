@@ -218,12 +218,9 @@ class Engine:
         head = ids[:end]
         prefix = scene.prefixes.get(tuple(head), lambda: self.decoder.read(self.embed(scene, head, (), pooled)))
         if repeated and region in ids and (first := ids.index(region)) > end:
-            image_only, head = prefix, ids[:first]
-            prefix = scene.prefixes.get(
-                tuple(head),
-                lambda: self.decoder.read(self.embed(scene, head, (), pooled, start=end), image_only).joined(),
-            )
-            return prefix, self.embed(scene, ids, rows, pooled, start=first)
+            image_only, between = prefix, partial(self.embed, scene, ids[:first], (), pooled, start=end)
+            prefix = scene.prefixes.get(tuple(ids[:first]), lambda: self.decoder.read(between(), image_only).joined())
+            end = first
         return prefix, self.embed(scene, ids, rows, pooled, start=end)
 
     def job(self, scene: Scene, prompt: Prompt, options: Options, streams: bool = False) -> Job:

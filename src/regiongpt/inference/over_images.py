@@ -28,7 +28,7 @@ from regiongpt.data.coco import (
     warn_of_overhang,
 )
 from regiongpt.data.reading import MALFORMED, stated_size
-from regiongpt.data.shards import Fault, Rejects
+from regiongpt.data.shards import Fault, Rejects, fault_of
 from regiongpt.drawing import draw_regions, save_picture
 from regiongpt.environment import light_imports, progress, quiet_libraries, tell
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError, naming, short
@@ -130,7 +130,7 @@ def read_proposals(
             box = read_box(entry.get("bbox"))
             overhung += box is not None and overhangs(box, width, height)
         except (Fault, RegionError) as error:
-            fault = error if isinstance(error, Fault) else Fault("region that makes no sense", str(error))
+            fault = fault_of(error)
             reasons.append(f"{place}: {fault.reason}")
             rejects.add(fault.kind, file, index, fault.reason)
     warn_of_overhang(overhung, len(found), file)
@@ -336,23 +336,16 @@ def _ask(predictor: "RegionPredictor", given: Sequence[Proposal], question: str,
 def _describe(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: DescribeOptions) -> Reply:
     answers = predictor.describe([each.region for each in given], **dict(options))
     said = [{"answer": each.text, "complete": each.complete, "warnings": list(each.warnings)} for each in answers]
-    return Reply(
-        record={"regions": _with_answers(given, said)},
-        lines=[f"[{number}] {' '.join(answer.text.split())}" for number, answer in enumerate(answers, 1)],
-        captions=[answer.text for answer in answers],
-        warnings=[f"[{number}] {line}" for number, answer in enumerate(answers, 1) for line in answer.warnings],
-    )
+    reply = _each(given, said, [answer.text for answer in answers])
+    reply.warnings.extend(f"[{n}] {line}" for n, answer in enumerate(answers, 1) for line in answer.warnings)
+    return reply
 
 
 def _classify(predictor: "RegionPredictor", given: Sequence[Proposal], _: str, options: ChoiceOptions) -> Reply:
     how = options.model_dump(exclude={"choices"})
     found = predictor.classify([each.region for each in given], options.names, **how)
     best = [", ".join(f"{name} {share:.3f}" for name, share in each.top(options.top_k or 1)) for each in found]
-    return Reply(
-        record={"regions": _with_answers(given, list(map(asdict, found)))},
-        lines=[f"[{number}] {text}" for number, text in enumerate(best, 1)],
-        captions=best,
-    )
+    return _each(given, list(map(asdict, found)), best)
 
 
 def _locate(predictor: "RegionPredictor", given: Sequence[Proposal], expression: str, options: LocateOptions) -> Reply:
@@ -369,11 +362,14 @@ def _locate(predictor: "RegionPredictor", given: Sequence[Proposal], expression:
     )
 
 
-def _with_answers(given: Sequence[Proposal], said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
+def _each(given: Sequence[Proposal], said: Sequence[dict[str, Any]], texts: list[str]) -> Reply:
+    """What is said of each region by itself, as JSON and as a text."""
+    regions = [
         {"region": each.region.to_dict(), **({} if each.score is None else {"score": each.score}), **more}
         for each, more in zip(given, said, strict=True)
     ]
+    lines = [f"[{number}] {' '.join(text.split())}" for number, text in enumerate(texts, 1)]
+    return Reply(record={"regions": regions}, lines=lines, captions=texts)
 
 
 _as_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)

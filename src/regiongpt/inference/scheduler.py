@@ -73,18 +73,13 @@ class Scheduler:
         self._embed, self._stop_ids, self._never = embed, frozenset(stop_ids), list(never)
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []  # in the order of the cache's rows
+        self.running: list[Job] = []  # in the order of the cache's rows
         self._cache = PrefixCache()
 
     @property
     def dead(self) -> bool:
         """Whether it can write nothing more, whatever it is asked."""
         return False
-
-    @property
-    def active(self) -> int:
-        """Number of answers being generated."""
-        return len(self._running)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Write answers; take jobs as there is room, yield each as it finishes. Leaving the iteration cancels them."""
@@ -141,10 +136,10 @@ class Scheduler:
             except BaseException as error:
                 # The pass was for all of them; each caller raises it.
                 interrupted = not isinstance(error, Exception)
-                for job in self._running:
+                for job in self.running:
                     job.error = RuntimeError("the pass through the model was interrupted") if interrupted else error
                     job.finished = True
-                self._running, self._cache = [], PrefixCache()
+                self.running, self._cache = [], PrefixCache()
                 if interrupted:
                     raise
 
@@ -160,16 +155,16 @@ class Scheduler:
                 self._lock.release()
 
     def _drop_cancelled(self) -> None:
-        for row in reversed(range(len(self._running))):
-            if self._running[row].cancelled:
+        for row in reversed(range(len(self.running))):
+            if self.running[row].cancelled:
                 self._leave(row)
 
     @torch.inference_mode()
     def _step(self) -> None:
         self._drop_cancelled()
-        going = list(self._running)
+        going = list(self.running)
         entering = self._enter()
-        if not self._running:
+        if not self.running:
             return
         # New questions and running answers share the pass: the weights are read once.
         embeds = [job.embeds for job in entering]
@@ -178,16 +173,16 @@ class Scheduler:
             embeds = [self._embed(last), *embeds]
         counts = [1] * len(going) + [len(job.embeds) for job in entering]
         logits_RV = self.decoder.forward(self._cache, torch.cat(embeds), counts)
-        chosen = choose(logits_RV, list(self._running), self._never)
-        if sure := [row for row, job in enumerate(self._running) if job.sure]:
+        chosen = choose(logits_RV, list(self.running), self._never)
+        if sure := [row for row, job in enumerate(self.running) if job.sure]:
             for row, logs_V in zip(sure, logits_RV[sure].float().log_softmax(-1), strict=True):
-                self._running[row].likelihood += float(logs_V[chosen[row]])
+                self.running[row].likelihood += float(logs_V[chosen[row]])
         for row, token in reversed(list(enumerate(chosen))):
-            job = self._running[row]
+            job = self.running[row]
             job.tokens.append(token)
             ended = token in self._stop_ids
             if job.reader is not None and not ended:
-                job.reader.push(token)
+                job.reader.read(token)
                 ended = job.reader.stopped
             if ended or len(job.tokens) >= job.room:
                 self._leave(row)
@@ -195,32 +190,31 @@ class Scheduler:
     def _enter(self) -> list[Job]:
         """Start waiting jobs in order, as many as rows, budget and one pass allow."""
         entering: list[Job] = []
-        size, tokens = max((job.reserve for job in self._running), default=0), 0
-        while self._waiting and len(self._running) < self.rows:
+        size, tokens = max((job.reserve for job in self.running), default=0), 0
+        while self._waiting and len(self.running) < self.rows:
             job = self._waiting[0]
             if job.cancelled:
                 self._waiting.popleft()
                 job.finished = True
                 continue
             tokens, size = tokens + len(job.embeds), max(size, job.reserve)
-            over_budget = self._running and size * (len(self._running) + 1) > self._budget(job)
+            over_budget = self.running and size * (len(self.running) + 1) > self._budget(job)
             if over_budget or (entering and tokens > PREFILL):
                 break
             self._waiting.popleft()
             job.admitted = True
             self._cache.add(job.prefix)
-            self._running.append(job)
+            self.running.append(job)
             entering.append(job)
         return entering
 
     def _leave(self, row: int) -> None:
-        job = self._running[row]
+        job = self.running[row]
         if job.reader is not None:
-            job.reader.finish()
+            job.reader.read(final=True)
         self._cache.remove(row)
-        last = self._running.pop()
-        if last is not job:
-            self._running[row] = last
+        self.running[row] = self.running[-1]  # as in the cache
+        self.running.pop()
         job.finished = True
 
     def _budget(self, job: Job) -> int:
@@ -270,16 +264,9 @@ class TextReader:
         self._ids: list[int] = []
         self._from = self._read = self._given = 0
 
-    def push(self, token: int) -> None:
-        """Read one more token."""
-        self._ids.append(token)
-        self._read_on(final=False)
-
-    def finish(self) -> None:
-        """The answer ends: flush a character that was cut off."""
-        self._read_on(final=True)
-
-    def _read_on(self, final: bool) -> None:
+    def read(self, *tokens: int, final: bool = False) -> None:
+        """Read more tokens; ``final`` for the end of the answer, which flushes a character that was cut off."""
+        self._ids += tokens
         if self.stopped:
             return
         # Some tokenizers write a token's blank only behind another token, so the last few are read again with it.

@@ -172,8 +172,7 @@ class Decoder:
     """
 
     def __init__(self, language_model: Any) -> None:
-        self.model = language_model
-        self.cache_argument = cache_argument(language_model)
+        self.model, self.cache_argument = language_model, cache_argument(language_model)
         self.lock = threading.RLock()
         configs = {id(m.config): m.config for m in language_model.modules() if hasattr(m, "config")}
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
@@ -238,15 +237,14 @@ class LeanDecoder(Decoder):
         super().__init__(language_model)
         # The CPU reads a matrix that lies transposed a third faster for few rows; what is in it stays the same.
         with torch.inference_mode(False):
-            for module in language_model.model.layers.modules():
-                if isinstance(module, torch.nn.Linear):
-                    weight = module.weight
-                    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                        weight.data = weight.data.t().contiguous().t()
+            linear = (each for each in language_model.model.layers.modules() if isinstance(each, torch.nn.Linear))
+            for weight in (each.weight for each in linear):
+                if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                    weight.data = weight.data.t().contiguous().t()
 
     def _run(self, step: "_Step", embeds_ND: Tensor, wanted_L: Tensor) -> Tensor:
         model, x = self.model.model, embeds_ND
-        attend, last = self._attend if max(step.counts) == 1 else self._attend_several, len(model.layers) - 1
+        last = len(model.layers) - 1
         cos_N1E, sin_N1E = (part[0][:, None] for part in model.rotary_emb(x, step.position_N[None]))
         half = cos_N1E.shape[-1] // 2
         sin_N1E = torch.cat([-sin_N1E[..., :half], sin_N1E[..., half:]], -1)
@@ -258,16 +256,16 @@ class LeanDecoder(Decoder):
             query = both[:, : -(parts[1].shape[1] // attention.head_dim)]
             key, value = both[:, query.shape[1] :], parts[2].view(len(x), -1, attention.head_dim)
             step.cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
-            out = attend(step, index, query * attention.scaling).flatten(1)
+            query = query * attention.scaling
+            if max(step.counts) == 1:
+                out = self._attend(step, index, query).flatten(1)
+            else:
+                out = _shared_attention(step, index, query.transpose(0, 1), 1.0).transpose(0, 1).flatten(1)
             if index == last:  # of the other tokens only the keys and values are needed
                 x, out = x[wanted_L], out[wanted_L]
             x = x + attention.o_proj(out)
             x = x + block.mlp(_normed(block.post_attention_layernorm, x))
         return self.model.lm_head(_normed(model.norm, x))  # type: ignore[no-any-return]
-
-    def _attend_several(self, step: "_Step", index: int, query_NHE: Tensor) -> Tensor:
-        """What ``_attend`` computes, for any number of new tokens a sequence: (N, H, E)."""
-        return _shared_attention(step, index, query_NHE.transpose(0, 1), 1.0).transpose(0, 1)
 
     def _attend(self, step: "_Step", index: int, query_RHE: Tensor) -> Tensor:
         """Attention of each sequence's one new token, whose query is scaled, to its prefixes and itself: (R, H, E)."""

@@ -8,9 +8,7 @@ of a feature grid, h and w those before a bilinear upsampling, T text tokens, D 
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from typing import Any, Self, cast
 
 import torch
@@ -73,29 +71,20 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Compute the feature grid: (B, 3, S, S), S a multiple of 32, to a last hidden state (B, C, S/32, S/32)."""
-        folded = {conv: _fold(conv, norm) for conv, norm in self._layers()}
+        folded: dict[Any, tuple[Tensor, Tensor]] = {}  # what the first images fold, all others find
         at_once = max(1, CPU_PIXELS // pixel_values[0, 0].numel()) if pixel_values.device.type == "cpu" else 2**20
         features = [self._features(some, folded) for some in torch.split(pixel_values, at_once)]
         return BaseModelOutput(last_hidden_state=torch.cat(features))
 
-    def _layers(self) -> Iterator[tuple[Any, Any]]:
-        """Every convolution with its batch norm."""
-        yield self.network._conv_stem, self.network._bn0
-        for block in self.network._blocks:
-            if hasattr(block, "_expand_conv"):
-                yield block._expand_conv, block._bn0
-            yield block._depthwise_conv, block._bn1
-            yield block._project_conv, block._bn2
-
-    def _features(self, pixel_values: Tensor, folded: Mapping[Any, tuple[Tensor, Tensor]]) -> Tensor:
+    def _features(self, pixel_values: Tensor, folded: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
         x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = _convolve(x, self.network._conv_stem, *folded[self.network._conv_stem]).clamp_(0, 6)
+        x = _convolve(x, self.network._conv_stem, self.network._bn0, folded).clamp_(0, 6)
         for index, block in enumerate(self.network._blocks):
             before = x
             if hasattr(block, "_expand_conv"):
-                x = _convolve(x, block._expand_conv, *folded[block._expand_conv]).clamp_(0, 6)
-            x = _convolve(x, block._depthwise_conv, *folded[block._depthwise_conv]).clamp_(0, 6)
-            x = _convolve(x, block._project_conv, *folded[block._project_conv])
+                x = _convolve(x, block._expand_conv, block._bn0, folded).clamp_(0, 6)
+            x = _convolve(x, block._depthwise_conv, block._bn1, folded).clamp_(0, 6)
+            x = _convolve(x, block._project_conv, block._bn2, folded)
             if x.shape == before.shape:
                 x += before
             if index == self.last_stride8:
@@ -107,14 +96,15 @@ class EfficientNetLiteModel(PreTrainedModel):  # type: ignore[misc]
         return torch.cat([stages_BCHW, _position_channels(self.config.position_frequencies, x)], dim=1)
 
 
-def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution and the batch norm behind it as one."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+def _convolve(x_BCHW: Tensor, conv: Any, norm: Any, folded: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
+    """Apply a convolution of EfficientNet and the batch norm behind it as one; ``folded`` keeps weight and bias.
 
-
-def _convolve(x_BCHW: Tensor, conv: Any, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a convolution of EfficientNet, 1x1 as a matrix product: torch runs those slowly on one CPU thread."""
+    One of 1x1 is a matrix product: torch runs those slowly on one CPU thread.
+    """
+    if conv not in folded:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        folded[conv] = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    weight, bias = folded[conv]
     if conv.kernel_size == (1, 1):
         return F.linear(x_BCHW.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     left, right, top, bottom = conv.static_padding.padding  # of the variant's own image size
@@ -207,7 +197,8 @@ class Refinement(nn.Module):
         own crops, are added; one row may be for several rows of weights.
         """
         if self.bilinear_scale > 1:
-            up_Hh, up_Ww = (upsampling_matrix(n, self.bilinear_scale, map_BChw.device) for n in map_BChw.shape[-2:])
+            scale = self.bilinear_scale
+            up_Hh, up_Ww = (resampling(n, scale, n * scale, map_BChw) for n in map_BChw.shape[-2:])
             weights_BRHW = up_Hh.T @ weights_BRHW.to(up_Hh.dtype) @ up_Ww
         pooled_BRC = mask_pool(map_BChw, weights_BRHW)
         if crops is None:
@@ -221,12 +212,10 @@ class Refinement(nn.Module):
             pooled = F.adaptive_avg_pool2d(map_BChw, self.image_grid)
             return pooled.flatten(2).transpose(1, 2)
         rows, columns = (
-            _as_matrix(partial(F.adaptive_avg_pool1d, output_size=cells), n * self.bilinear_scale, map_BChw.device)
-            @ upsampling_matrix(n, self.bilinear_scale, map_BChw.device)
+            resampling(n, self.bilinear_scale, cells, map_BChw)
             for n, cells in zip(map_BChw.shape[-2:], self.image_grid, strict=True)
         )
-        pooled = rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T
-        return pooled.flatten(2).transpose(1, 2)
+        return (rows.to(map_BChw.dtype) @ map_BChw @ columns.to(map_BChw.dtype).T).flatten(2).transpose(1, 2)
 
 
 def merge_cells(cells_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -242,14 +231,11 @@ def mask_pool(map_BCHW: Tensor, weights_BRHW: Tensor) -> Tensor:
     return weights_BRHW.to(map_BCHW.dtype).flatten(2) @ map_BCHW.flatten(2).transpose(1, 2)
 
 
-def upsampling_matrix(cells: int, scale: int, device: torch.device | None = None) -> Tensor:
-    """Bilinear upsampling of ``cells`` cells along one axis, as ``F.interpolate`` does it: (cells * scale, cells)."""
-    return _as_matrix(lambda x: F.interpolate(x, scale_factor=scale, mode="linear", align_corners=False), cells, device)
-
-
-def _as_matrix(linear: Callable[[Tensor], Tensor], cells: int, device: torch.device | None) -> Tensor:
-    """Matrix of a linear map of a sequence, read off from what it does to the unit vectors."""
-    return linear(torch.eye(cells, device=device, dtype=torch.float32)[None])[0].T
+def resampling(cells: int, scale: int, pooled: int, like: Tensor) -> Tensor:
+    """Matrix (P, cells) of a bilinear upsampling along one axis, as ``F.interpolate`` does it, averaged to P cells."""
+    units = torch.eye(cells, device=like.device, dtype=torch.float32)[None]
+    fine = F.interpolate(units, scale_factor=scale, mode="linear", align_corners=False)
+    return F.adaptive_avg_pool1d(fine, pooled)[0].T
 
 
 class Connector(nn.Module):
@@ -373,10 +359,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
 
     def refine(self, vision_features: Tensor) -> Tensor:
         """Refine the tower's features (B, C, H, W), of any float dtype; DataError for another shape."""
-        if tuple(vision_features.shape[1:]) != self.features_shape:
-            raise DataError(
-                f"vision_features must be {('images', *self.features_shape)}; got {tuple(vision_features.shape)}"
-            )
+        if (got := tuple(vision_features.shape))[1:] != self.features_shape:
+            raise DataError(f"vision_features must be {('images', *self.features_shape)}; got {got}")
         weight = self.connector.linear_1.weight
         return self.refinement(vision_features.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
 
@@ -387,10 +371,8 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         """
         if region_crops is not None:
             region_crops = self.encode_crops(region_crops)
-        if tuple(region_weights.shape[-2:]) != self.weights_grid:
-            raise RegionError(
-                f"region_weights must have the refined grid {self.weights_grid}; got {tuple(region_weights.shape)}"
-            )
+        if (got := tuple(region_weights.shape))[-2:] != self.weights_grid:
+            raise RegionError(f"region_weights must have the refined grid {self.weights_grid}; got {got}")
         region_weights = region_weights.to(refined.device)
         rows = self.config.refined_grid[0]
         pooled = self.refinement.pool_regions(refined, region_weights[..., :rows, :], region_crops)
@@ -516,7 +498,12 @@ class RegionGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
             next_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(inputs_embeds.device)
             is_target = next_BT != IGNORED
             targets = next_BT[is_target]
-            with _head_only_at(self.get_output_embeddings(), is_target) if loss_only else nullcontext():
+            # A hook rather than a call of the head: what an architecture does to its logits afterwards still happens.
+            head = self.get_output_embeddings()
+            chosen = (
+                head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_target][None],)) if loss_only else None
+            )
+            with chosen or nullcontext():
                 output = self.language_model(**call)
             logits = None if loss_only else output.logits
             target_logits = output.logits[0] if loss_only else output.logits[is_target]
@@ -606,19 +593,6 @@ def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int) -> tuple[T
         raise RegionError(f"region_ids must name rows of region_weights, 0 to {regions - 1}; got {most}")
     owners, places = region_BT.nonzero(as_tuple=True)
     return owners, region_ids[owners, region_BT.cumsum(1)[owners, places] - 1]
-
-
-@contextmanager
-def _head_only_at(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
-    """Apply the language model's head only to the chosen positions, as (1, chosen, D).
-
-    A hook rather than a call of the head, so that what an architecture does to its logits afterwards still happens.
-    """
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][chosen_BT][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)

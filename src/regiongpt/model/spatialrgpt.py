@@ -23,7 +23,7 @@ from regiongpt.model.modeling import RegionGPTForConditionalGeneration
 from regiongpt.model.processing import prepare_tokenizer
 from regiongpt.model.weights import describe, reading, some, square_image_processor
 from regiongpt.prompts import CHAT_TEMPLATES, CONTROL_TOKENS
-from regiongpt.storage import check_new, new_folder, read_json, write_json
+from regiongpt.storage import check_new, new_folder, read_json, weight_files, write_json
 
 TERMS = (
     "SpatialRGPT's authors give code and weights under the Apache License 2.0. The weights were trained from VILA-1.5 "
@@ -149,8 +149,7 @@ def _folder(source: str) -> Path:
             raise CheckpointError(f"{source}: expected a SpatialRGPT checkpoint, but there is no {file}")
         found: Any = read_json(folder / file, CheckpointError)
         for name, wanted in fields.items():
-            if not isinstance(found, dict) or found.get(name) != wanted:
-                got = found.get(name) if isinstance(found, dict) else found
+            if (got := found.get(name) if isinstance(found, dict) else found) != wanted:
                 raise CheckpointError(f"{folder / file}: expected {name} {wanted!r} of a SpatialRGPT, got {got!r:.80}")
     return folder
 
@@ -187,7 +186,7 @@ def _accounted(folder: Path, shapes: dict[str, list[int]], stored_rows: int) -> 
     """The source's tensors by their names here, and the names of those left out; only the files' headers are read."""
     stored: dict[str, _Stored] = {}
     for part in _PARTS:
-        for file in _files(folder / part):
+        for file in weight_files(folder / part):
             with reading(f"the weights {file}"), safe_open(file, "pt") as header:
                 for name in header.keys():  # noqa: SIM118
                     one = header.get_slice(name)
@@ -211,16 +210,6 @@ def _accounted(folder: Path, shapes: dict[str, list[int]], stored_rows: int) -> 
     if missing:
         raise CheckpointError(f"{folder}: lacks the tensors for {some(missing)}; copy the whole folder again")
     return tensors, left_out
-
-
-def _files(part: Path) -> list[Path]:
-    index, names = part / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        found = read_json(index, CheckpointError)
-        names = set(map(str, found["weight_map"].values())) if isinstance(found.get("weight_map"), dict) else {""}
-    if lacking := [name for name in sorted(names) if not (part / name).is_file()]:
-        raise CheckpointError(f"{part}: {some(lacking)} missing; copy the whole folder again, as safetensors")
-    return [part / name for name in sorted(names)]
 
 
 def _pieces(tensors: dict[str, _Stored]) -> Iterator[list[str]]:

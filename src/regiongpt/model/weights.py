@@ -59,11 +59,7 @@ def load(
     """
     folder = nano_path() if path is None else Path(path)
     check_checkpoint(folder)
-    with reading(f"the configuration of {folder}"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, RegionGPTConfig):
-        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
-    int8 = dtype == torch.int8
+    config, int8 = read_shape(folder), dtype == torch.int8
     dtype = None if int8 else dtype  # as stored, weights are in memory only when they are read
     model = _pretrained(RegionGPTForConditionalGeneration, folder, config=config, dtype=dtype, local_files_only=True)
     with reading(f"the processor of {folder}"):
@@ -72,6 +68,15 @@ def load(
     if int8:
         _to_int8(model.language_model.base_model, device or "cpu")
     return model.to(device or "cpu"), processor
+
+
+def read_shape(folder: Path) -> RegionGPTConfig:
+    """Configuration of a checkpoint folder, without its weights; CheckpointError if it has none."""
+    with reading(f"the configuration of {folder}"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, RegionGPTConfig):
+        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
+    return config
 
 
 class Int8Linear(nn.Module):

@@ -75,32 +75,32 @@ class VllmScheduler(Scheduler):
         with self._lock:
             self.llm.add_request(name, {"type": "embeds", "prompt_embeds": job.embeds.cpu()}, params)
             self._jobs[name] = job
-            self._running.append(job)
+            self.running.append(job)
 
     def _step(self) -> None:
         self._drop_cancelled()
         # Waits for vLLM's next token, whoever it is for.
-        for output in self.llm.step() if self._running else ():
+        for output in self.llm.step() if self.running else ():
             job, written = self._jobs[output.request_id], output.outputs[0]
             if not job.admitted:
                 job.admitted, self.reused = True, self.reused + (output.num_cached_tokens or 0)
             for token in written.token_ids:
                 job.tokens.append(token)
                 if job.reader is not None and token not in self._stop_ids:
-                    job.reader.push(token)
+                    job.reader.read(token)
                     if job.reader.stopped:
                         break
             if written.finish_reason not in (None, "stop", "length"):
                 job.error = RuntimeError(f"vLLM ended an answer: {written.finish_reason}")
             if output.finished or (job.reader is not None and job.reader.stopped):
-                self._leave(self._running.index(job))
+                self._leave(self.running.index(job))
 
     def _leave(self, row: int) -> None:
         name = list(self._jobs)[row]  # they are in the same order
-        job, _ = self._jobs.pop(name), self._running.pop(row)
+        job, _ = self._jobs.pop(name), self.running.pop(row)
         self.llm.abort_request([name])  # nothing, where it has ended by itself
         if job.reader is not None:
-            job.reader.finish()
+            job.reader.read(final=True)
         job.finished = True
 
 

@@ -27,7 +27,7 @@ from regiongpt.model.processing import IGNORED
 from regiongpt.storage import writing
 from regiongpt.train import checkpoint
 from regiongpt.train.checkpoint import Checkpoints, Progress
-from regiongpt.train.packing import Collate, Example, PackedCollate, require_packable, units_on_cpu, width_cost
+from regiongpt.train.packing import Collate, Example, PackedCollate, attend_in_units
 from regiongpt.train.recipe import EngineConfig, StageConfig, WatchConfig
 from regiongpt.train.watch import Watch, read_tally, tally
 
@@ -89,14 +89,10 @@ class Loop:
         self.watcher = Watch(name, folder, config.log_steps, self.watch.tensorboard)
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        self.units: Any = nullcontext()
         own: Any = model
         if self.engine.packing and hasattr(model, "embed"):  # text in windows of one length is full already
-            text = own.config.text_config
-            require_packable(text)
-            longest = getattr(text, "max_position_embeddings", None) or 1 << 30
-            self.collate = PackedCollate(collate, longest, width_cost(text))
-            self.units = units_on_cpu(own.language_model, self.device)
+            attend_in_units(own.language_model)
+            self.collate = PackedCollate(collate)
         if self.engine.gradient_checkpointing:
             # Newer releases of transformers call it by another name, and warn at the old one.
             enable = getattr(model, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
@@ -119,18 +115,6 @@ class Loop:
             DataError: A record cannot be used, a loss is not finite (training has stopped before that step), or the
                 folder cannot be written.
         """
-        with self.units:
-            self._train()
-        best = self.progress.best_step
-        if best is not None and best != self.progress.step:
-            if self.processes.is_first:
-                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
-            checkpoint.load_model(self.checkpoints.path(best), self.model)
-        if self.sharded:
-            put_together(self.model, self.processes.is_first)
-        return self
-
-    def _train(self) -> None:
         if self.begin is not None:
             self.progress = checkpoint.load(self.begin, self.model, self.optimizer, self.processes)
         rounds = self.config.batch_size // self.together
@@ -158,6 +142,14 @@ class Loop:
                 held = checkpoint.contents(self.model, self.optimizer, self.processes)
                 fill = partial(checkpoint.save, held=held, settings=self.settings, progress=self.progress)
                 self.checkpoints.write(at, fill, self.progress.best_step)
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            if self.processes.is_first:
+                log.info("weights of step %d restored: the lowest dev loss, %.4f", best, self.progress.best_loss)
+            checkpoint.load_model(self.checkpoints.path(best), self.model)
+        if self.sharded:
+            put_together(self.model, self.processes.is_first)
+        return self
 
     def _step(self, step: Sequence["Batch"]) -> dict[str, Any]:
         """Forward and backward passes of the micro-batches of one step, then the optimiser's; its line of the log."""
@@ -318,8 +310,7 @@ class _MicroBatches(Dataset[Batch]):
 
 def targets_in(inputs: dict[str, Any]) -> int:
     """Number of target tokens of a batch, padded or packed: the first token of a row is never one."""
-    labels: Tensor = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
-    return int((labels[:, 1:] != IGNORED).sum())
+    return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
 # -- model and optimiser -----------------------------------------------------------------------------------------------
@@ -335,15 +326,11 @@ class StageModule(nn.Module):
     def forward(self, inputs: dict[str, Any], items: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss; and where the model tells them, that of each target token and the task it belongs to."""
         inputs = dict(inputs)
-        tasks = inputs.pop("tasks", None)
-        labels = inputs["labels"] if "labels" in inputs else inputs["packed_labels"]
+        tasks, labels = inputs.pop("tasks", None), inputs["labels"]
         outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
-            with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.half_products):
-                loss = self.loss(self.model, inputs, items)
-        finally:
-            handle.remove()
+        half = torch.autocast(labels.device.type, torch.bfloat16, enabled=self.half_products)
+        with half, self.model.register_forward_hook(lambda _, __, output: outputs.append(output)):
+            loss = self.loss(self.model, inputs, items)
         losses = next((getattr(each, "target_losses", None) for each in outputs), None)
         if losses is None or tasks is None:
             return loss, losses, None

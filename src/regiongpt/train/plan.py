@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from regiongpt.data.shards import open_mixture
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.model import RegionGPTConfig, RegionGPTForConditionalGeneration
+from regiongpt.model.weights import read_shape
 from regiongpt.train.recipe import GPUS, Recipe, language_shape, tower_shape
-from regiongpt.train.stages import check_shape, choose_learners, new_shape, read_shape
+from regiongpt.train.stages import check_shape, choose_learners, new_shape
 
 
 class StagePlan(NamedTuple):

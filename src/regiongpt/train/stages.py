@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.shards import Mixture, open_mixture
 from regiongpt.environment import Processes, connect
@@ -202,8 +202,7 @@ def _shape_options(shape: ModelConfig) -> dict[str, Any]:
 
 
 def check_start(config: Recipe) -> None:
-    """Check that a recipe can start, without making anything; raises a RegionGPTError if not."""
-    config.check_files()
+    """Check that a recipe whose files are there can start, without making anything; a RegionGPTError if not."""
     if config.model.init:
         check_shape(config.model, config.model.folder)
     else:
@@ -213,7 +212,7 @@ def check_start(config: Recipe) -> None:
 
 def check_shape(shape: ModelConfig, folder: Path) -> None:
     """Raise CheckpointError, with every difference, if a checkpoint is not what the recipe's [model] describes."""
-    there = read_shape(folder)
+    there = weights.read_shape(folder)
     if not shape.language:
         return
     here = new_shape(shape, tower_shape(shape.vision), language_shape(shape.language))
@@ -231,15 +230,6 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     if wrong := [f"{name} is {got} there and {wanted} here" for name, (got, wanted) in pairs.items() if got != wanted]:
         told = f"{folder}: the checkpoint does not match the recipe: {'; '.join(wrong)}"
         raise CheckpointError(f"{told}; correct model.init or the recipe's [model], or give another --out")
-
-
-def read_shape(folder: Path) -> RegionGPTConfig:
-    """Configuration of a checkpoint folder, without its weights; CheckpointError if it has none."""
-    with weights.reading(f"the configuration of {folder}"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, RegionGPTConfig):
-        raise CheckpointError(f"{folder}: expected a RegionGPT checkpoint, got model_type {config.model_type!r}")
-    return config
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from regiongpt.environment import commit, launched, machine, versions
 from regiongpt.errors import ConfigError, DataError
-from regiongpt.storage import finite, read_json, reason, write_file, write_json, writing
+from regiongpt.storage import finite, read_json, write_file, write_json, writing
 from regiongpt.train.dataset import TASKS
 from regiongpt.train.recipe import Recipe
 
@@ -104,15 +104,10 @@ class Watch:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that a kill has cut short is skipped."""
     found = []
-    try:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            try:
-                values = json.loads(line)
-                found += [values] if isinstance(values["step"], int) else []
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            values = json.loads(line)
+            found += [values] if isinstance(values["step"], int) else []
     return found
 
 
