@@ -8,7 +8,6 @@ Paper: §3.2, Table 1.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 from expressions import distinctions, express, fitting_expression
@@ -71,8 +70,6 @@ MOST_ASKED = 5
 # How the absent classes of presence questions are drawn. A class is asked for in vain about as often as it is there:
 # from absent ones drawn evenly it learned that whatever is common is there.
 ABSENT = ("tempting", "common", "any")
-# Of a class with more objects than this, fewer are asked for their class, by this power of the ratio.
-FREQUENT, THINNED = 1000, 0.2
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
@@ -238,8 +235,7 @@ class ConversationSampler:
         for task, mean in self.mix.items():
             turns = int(mean + rng.random())
             if task == "classify":
-                asked = [each for each in chosen[:turns] if rng.random() < self._asked[each.category]]
-                plans += [self._classify(rng, each, (words or {}).get(each.id, "")) for each in asked]
+                plans += [self._classify(rng, each, (words or {}).get(each.id, "")) for each in chosen[:turns]]
             elif task in ("describe", "caption"):
                 # From the far end, so that a described object has seldom been classified in another turn.
                 taken = sum(plan is not None and plan.task in ("describe", "caption") for plan in plans)
@@ -249,12 +245,6 @@ class ConversationSampler:
                 plans += [makers[task]() for _ in range(turns)]
         made = [plan for plan in plans if plan] or [plan for plan in [self._presence(rng, view)] if plan]
         return _write(rng, view, made, self.outline_share)
-
-    @cached_property
-    def _asked(self) -> dict[str, float]:
-        """The share of the objects of each class that is asked for its class."""
-        kept = (FREQUENT / np.maximum(self.statistics.boxes, FREQUENT)) ** THINNED
-        return dict(zip(COCO_80, kept.tolist(), strict=True))
 
     def _choose(self, rng: np.random.Generator, view: View) -> list[ViewObject]:
         """Objects to ask about, in random order weighted to rare classes (keys u^(1/w), drawn without replacement)."""
