@@ -56,7 +56,7 @@ SCENES = (
     Scene(
         name="astronaut",
         regions=(Region.box(20, 15, 365, 512),),
-        questions=("Is <region1> a person?", "How big is <region1>?", question("image_caption")),
+        questions=("Is <region1> a person?", "How big is <region1>?", question("presence", category="person")),
     ),
     Scene(
         name="motorcycle_left",
@@ -73,8 +73,9 @@ SCENES = (
         regions=(SPOON, CUP),
         questions=(name_it(1), "What colour is <region1>?", question("relation", regions=[1, 2])),
         locate="the cup",
-        limits="LIMITS: [1] is a spoon and [2] a cup. Names can be wrong, and so can yes: of the cat it says that it "
-        "is a dog too, if asked, and of the motorcycle a bicycle. Colours, numbers and relations are not known.",
+        limits="LIMITS: [1] is a spoon, no cup. Yes comes too easily: of the cat it says that it is a dog too, "
+        "if asked, and of the motorcycle a bicycle; in an image it names what is not there, such as a surfboard beside "
+        "the astronaut. Colours, numbers and relations are not known.",
     ),
 )
 
