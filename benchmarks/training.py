@@ -78,9 +78,9 @@ class EveryOtherShort:
     def __init__(self, sampler: ConversationSampler) -> None:
         self.sampler, self.regions_per_image = sampler, sampler.regions_per_image
 
-    def sample(self, view: Any, colours: Any, seed: int, index: int, epoch: int) -> Any:
+    def sample(self, view: Any, colours: Any, seed: int, index: int, epoch: int, words: Any = None) -> Any:
         """A conversation, or its first question."""
-        drawn = self.sampler.sample(view, colours, seed, index, epoch)
+        drawn = self.sampler.sample(view, colours, seed, index, epoch, words)
         return replace(drawn, messages=drawn.messages[:2], tasks=drawn.tasks[:1]) if index % 2 else drawn
 
 
