@@ -126,11 +126,8 @@ def certainties(
         seen: list[Tensor | None] = [None]
         if store.crops is not None:
             rows = [torch.from_numpy(store.crops[each].astype(np.float32)) for each in own]
-            seen.append(
-                torch.stack([blurred(row, blur, 19, *map(abs, each)) for row, each in zip(rows, own, strict=True)])[
-                    None
-                ]
-            )
+            rows = [blurred(row, blur, 19, *map(abs, each)) for row, each in zip(rows, own, strict=True)]
+            seen.append(torch.stack(rows)[None])
         for crops, into in zip(seen, found, strict=True):
             written.clear()
             model.region_features(refined, weights[None], crops)
