@@ -2,7 +2,9 @@
 
 import logging
 import multiprocessing
+import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,7 +141,13 @@ def caching_features(config: NanoRecipe, images: int) -> Iterator[None]:
 
 
 def _cache_features(config: NanoRecipe, threads: int) -> None:
-    """The features depend on the tower alone, so a small language model stands in for the one under way."""
+    """The features depend on the tower alone, so a small language model stands in for the one under way.
+
+    Ends with the process that began it, however that ends: the next run must be the only one that writes them.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as made:
         language = make_language("llama", Path(made) / "language")

@@ -198,6 +198,20 @@ def test_help_and_mistakes_load_nothing_heavy():
     assert "COCO annotations" in ran.stderr
 
 
+def test_caching_beside_the_language_step_ends_with_a_killed_run(pictures, tmp_path):
+    script = """
+import os, signal, sys, steps, torch
+from recipe import RECIPE, NanoRecipe
+steps.WORTH_A_PROCESS, torch.get_num_threads = 1, lambda: 2
+with steps.caching_features(NanoRecipe.load(RECIPE, sys.argv[1:]), 16):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", script, *overrides(pictures, tmp_path)]
+    killed = subprocess.run(command, cwd=RECIPE.parent, capture_output=True, check=False)  # until both have ended
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "features").exists()
+
+
 def test_features_that_were_cached_beside_the_language_step_are_taken_over(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "WORTH_A_PROCESS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
