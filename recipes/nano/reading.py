@@ -52,7 +52,7 @@ UNKNOWN = len(COCO_80)
 LENGTH = 160
 """Tokens of a window."""
 
-FIRST, EXERCISES, LISTED = 0.12, 0.35, 0.3
+FIRST, EXERCISES, LISTED = 0.15, 0.35, 0.3
 """Share of the windows, at the beginning, that hold exercises alone, whose names are exact; they become blurred over as
 many windows again. Then the share of exercises among the texts, and of listed ones among those about regions."""
 
@@ -63,10 +63,11 @@ those in naming that show one region alone."""
 IMAGED = 0.7
 """Share of what is asked about regions that an image comes before, as one always does when the whole model answers."""
 
-SIGHTINGS, PLACINGS, NAMINGS = 0.15, 0.3, 0.35
+SIGHTINGS, PLACINGS, NAMINGS = 0.15, 0.2, 0.3
 """Share of the exercises that are about an image alone, of those that ask for places, where regions have one, and of
 those that ask for names; the rest ask for numbers. Names are many words, where the others are two or six: with a third
-of each, names alone were not learned."""
+of each, names alone were not learned. With numbers in a fifth, 45 % of the regions were found in the end, where chance
+gives 30 %; with numbers in a third, 99 %."""
 
 READ_GRID = 6
 """Most rows and columns of an image in the texts, where a cell is a token of its own."""
