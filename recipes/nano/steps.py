@@ -147,7 +147,12 @@ def _cache_features(config: NanoRecipe, threads: int) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as made:
         language = make_language("llama", Path(made) / "language")
