@@ -1,7 +1,7 @@
 """What nano's recipe trains on must not change: the losses of a debug run, and the batches of 200 steps.
 
 ``nano.json`` was written by the recipe as it is. Token ids, labels and the like must match, and floats to 1e-5.
-``python tests/golden/test_nano.py`` writes the file anew, after weights have been trained anew.
+``python tests/golden/test_nano.py`` writes the file anew, after a change of the recipe.
 """
 
 import json
