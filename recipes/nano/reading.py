@@ -66,8 +66,8 @@ IMAGED = 0.7
 SIGHTINGS, PLACINGS, NAMINGS = 0.15, 0.2, 0.3
 """Share of the exercises that are about an image alone, of those that ask for places, where regions have one, and of
 those that ask for names; the rest ask for numbers. Names are many words, where the others are two or six: with a third
-of each, names alone were not learned. With numbers in a fifth, 45 % of the regions were found in the end, where chance
-gives 30 %; with numbers in a third, 99 %."""
+of each, names alone were not learned. With numbers in a fifth, 45 % of the regions were found after all training, where
+chance gives 30 %; with numbers in a third, 99 %."""
 
 READ_GRID = 6
 """Most rows and columns of an image in the texts, where a cell is a token of its own."""
