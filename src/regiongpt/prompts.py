@@ -229,6 +229,11 @@ def indefinite(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def definite(name: str) -> str:
+    """``name`` with the definite article instead of another or none: the cat."""
+    return f"the {re.sub('^(an?|the) ', '', name.strip(), flags=re.IGNORECASE)}"
+
+
 def check_choices(choices: Sequence[str] | None, label_set: str) -> list[str]:
     """The names of a closed set without blanks around them; those of ``label_set`` where ``choices`` is None.
 

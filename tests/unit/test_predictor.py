@@ -63,8 +63,9 @@ def test_locate_by_what_each_region_is_called_and_by_both(predictor):
     engine, scene = predictor.engine, predictor._here()
     turns = question_turns((), question("refer", regions=[1]))
     for k, expression in enumerate(expressions):
-        alone = [answer_scores(engine, scene, turns, engine.pool_each(scene, [r]), [expression]) for r in regions]
-        expected = torch.cat(alone)[:, 0].softmax(0)
+        names = {"the red cup": ["the red cup"], "a dog": ["a dog", "the dog"]}[expression]
+        alone = [answer_scores(engine, scene, turns, engine.pool_each(scene, [r]), names) for r in regions]
+        expected = torch.cat(alone).logsumexp(1).softmax(0)
         torch.testing.assert_close(torch.tensor(by_words[k].probabilities[:3]), expected, atol=1e-4, rtol=1e-4)
         assert by_words[k].probabilities[3] == 0
         assert by_words[k].index is not None

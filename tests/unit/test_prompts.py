@@ -9,6 +9,7 @@ from regiongpt.prompts import (
     NO_MATCH,
     QUESTIONS,
     check_placeholders,
+    definite,
     indefinite,
     parse_region_answer,
     placeholders,
@@ -124,6 +125,12 @@ def test_coco_names_and_ids() -> None:
 def test_articles() -> None:
     words = ["cat", "elephant", "skis", "broccoli"]
     assert [indefinite(word) for word in words] == ["a cat", "an elephant", "a pair of skis", "some broccoli"]
+
+
+def test_a_name_is_definite_whatever_article_it_comes_with():
+    assert [definite(name) for name in ("cat", "a cat", "An ear", "The red cup", "theatre")] == [
+        "the cat", "the cat", "the ear", "the red cup", "the theatre",
+    ]  # fmt: skip
 
 
 class _Tokenizer:

@@ -22,7 +22,7 @@ from regiongpt.inference.engine import Engine, Scene, TooLong, Turn, pick_device
 from regiongpt.inference.options import By
 from regiongpt.inference.shared_prefix import Prefix, PrefixCache
 from regiongpt.model.processing import expand_regions
-from regiongpt.prompts import NO_MATCH, question, region_answer
+from regiongpt.prompts import NO_MATCH, definite, question, region_answer
 from regiongpt.storage import read_json, reason, weights_digest
 
 TOKENS = 4096
@@ -189,16 +189,18 @@ def locate_expressions(
     # All made ready before the first is scored: what is too long is known at once.
     ready = [closed_set(engine, question_turns((), text), len(pooled), answers) for text in asked]
     if by != "answer" and expressions:
-        different = list(dict.fromkeys(expressions))
+        # A name of one region is definite, so "cup" and "a cup" are also held against it as "the cup".
+        names = [{each, definite(each)} for each in expressions]
+        different = sorted({name for both in names for name in both})
         turns = question_turns((), question("refer", regions=[1]))
         scores_ER = answer_scores(engine, scene, turns, pooled, different).T
     results = []
-    for row, expression in enumerate(expressions):
+    for row in range(len(expressions)):
         if by != "words":
             shares = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].softmax(-1)
             no_match = shares[-1:]
         if by != "answer":
-            called_R = scores_ER[different.index(expression)].softmax(-1)
+            called_R = scores_ER[[different.index(name) for name in names[row]]].logsumexp(0).softmax(-1)
             shares = torch.cat([(1 - no_match) * called_R, no_match])
         # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
