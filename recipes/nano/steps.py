@@ -177,7 +177,8 @@ def conversations_of(
     """The conversations of a stage, all its epochs."""
     items = max(1, round(stage.epochs * len(images)))
     shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
-    return ConversationDataset(images, store, sampler, processor, *shape, words, config.blur)
+    blur = config.blur if stage is config.stage2 else 0.0
+    return ConversationDataset(images, store, sampler, processor, *shape, words, blur)
 
 
 def dev_conversations(
