@@ -127,7 +127,7 @@ class NanoRecipe(Recipe):
     """Share of class names that must be true for stage 2 to say them in sentences, instead of a wider word; 0 to name
     every object."""
     blur: NonNegativeFloat = 0.0
-    """Standard deviation of the factors, around 1, that multiply the channels of cached features in training."""
+    """Standard deviation of the factors, around 1, that multiply the channels of cached features in stage 2."""
     data: PhotoConfig = PhotoConfig()
     model: NanoModelConfig = NanoModelConfig()
     features: FeatureConfig = FeatureConfig()
