@@ -73,9 +73,9 @@ SCENES = (
         regions=(SPOON, CUP),
         questions=(name_it(1), "What colour is <region1>?", question("relation", regions=[1, 2])),
         locate="the cup",
-        limits="LIMITS: [1] is a spoon, no cup. Yes comes too easily: of the cat it says that it is a dog too, "
-        "if asked, and of the motorcycle a bicycle; in an image it names what is not there, such as a surfboard beside "
-        "the astronaut. Colours, numbers and relations are not known.",
+        limits="LIMITS: [1] is a spoon, neither food nor a cup; the cup is [2]. Yes comes too easily: of the cat it "
+        "says that it is a dog too, if asked, and beside the astronaut it sees a chair. Colours, numbers and relations "
+        "are not known.",
     ),
 )
 
