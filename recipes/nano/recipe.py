@@ -110,6 +110,8 @@ class NanoStageConfig(StageConfig):
     """Weight of a region's alignment with its class's name, in supervised tokens."""
     pooled_epochs: NonNegativeFloat = 0.0
     """Passes over all objects by their pooled features, before the first map; of ``align`` alone."""
+    blur: NonNegativeFloat = 0.0
+    """Standard deviation of the factors, around 1, that multiply the channels of whole maps and crops."""
 
 
 class NanoRecipe(Recipe):
@@ -126,8 +128,6 @@ class NanoRecipe(Recipe):
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of class names that must be true for stage 2 to say them in sentences, instead of a wider word; 0 to name
     every object."""
-    blur: NonNegativeFloat = 0.0
-    """Standard deviation of the factors, around 1, that multiply the channels of cached features in stage 2."""
     data: PhotoConfig = PhotoConfig()
     model: NanoModelConfig = NanoModelConfig()
     features: FeatureConfig = FeatureConfig()

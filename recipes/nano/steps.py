@@ -97,7 +97,7 @@ def _train(config: NanoRecipe) -> Path:
                 train_pooled(model, words, pooled, stage, stage.pooled_epochs, config.seed)
             if name == "stage2" and config.sure:
                 held = {image.image_id for image in images[::HELD]}
-                spoken = words_of(images, store, model, processor, words, config.sure, held, config.blur)
+                spoken = words_of(images, store, model, processor, words, config.sure, held, stage.blur)
                 asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
             return {
                 "dataset": conversations_of(config, stage, learned, rows, asking, processor, grid, spoken),
@@ -177,8 +177,7 @@ def conversations_of(
     """The conversations of a stage, all its epochs."""
     items = max(1, round(stage.epochs * len(images)))
     shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
-    blur = config.blur if stage is config.stage2 else 0.0
-    return ConversationDataset(images, store, sampler, processor, *shape, words, blur)
+    return ConversationDataset(images, store, sampler, processor, *shape, words, stage.blur)
 
 
 def dev_conversations(

@@ -190,8 +190,8 @@ def locate_expressions(
     ready = [closed_set(engine, question_turns((), text), len(pooled), answers) for text in asked]
     if by != "answer" and expressions:
         # A name of one region is definite, so "cup" and "a cup" are also held against it as "the cup".
-        names = [{each, definite(each)} for each in expressions]
-        different = sorted({name for both in names for name in both})
+        names = [(each, definite(each)) for each in expressions]
+        different = list(dict.fromkeys(name for both in names for name in both))
         turns = question_turns((), question("refer", regions=[1]))
         scores_ER = answer_scores(engine, scene, turns, pooled, different).T
     results = []
