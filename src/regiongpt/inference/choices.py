@@ -3,6 +3,7 @@
 B questions, R regions, K tokens of a region, A answers, E expressions, L tokens of answers, D width, V vocabulary.
 """
 
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -183,7 +184,7 @@ def locate_expressions(
     engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], by: By
 ) -> list[Located]:
     """Implements :meth:`RegionPredictor.locate` for checked arguments and the features (K, D) of each region."""
-    numbers, no_match = range(1, len(pooled) + 1), torch.zeros(1)
+    numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
     asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]
     # All made ready before the first is scored: what is too long is known at once.
@@ -196,12 +197,15 @@ def locate_expressions(
         scores_ER = answer_scores(engine, scene, turns, pooled, different).T
     results = []
     for row in range(len(expressions)):
+        logs = torch.zeros(len(answers))
         if by != "words":
-            shares = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].softmax(-1)
-            no_match = shares[-1:]
+            logs = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].log_softmax(-1)
         if by != "answer":
-            called_R = scores_ER[[different.index(name) for name in names[row]]].logsumexp(0).softmax(-1)
-            shares = torch.cat([(1 - no_match) * called_R, no_match])
+            called_R = scores_ER[[different.index(name) for name in names[row]]].logsumexp(0).log_softmax(-1)
+            # The words alone always choose; beside the answer, no match makes them as likely for one region as another.
+            no_match = -math.log(len(pooled)) if by == "both" else -math.inf
+            logs = logs + torch.cat([called_R, torch.tensor([no_match])])
+        shares = logs.softmax(-1)
         # Two regions that fit equally share their probability; that does not make it likelier that none fits.
         best = int(shares.argmax()) if by == "answer" or shares[-1] > 0.5 else int(shares[:-1].argmax())
         found = best if best < len(pooled) else None

@@ -291,8 +291,8 @@ class RegionPredictor:
             regions: at least one region to choose from.
             **options: ``by`` is ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and
                 the no-match sentence as choices; ``"words"``: how probable the expression is as the name of each
-                region, as given or with "the", which always chooses one; or ``"both"`` (default): by the answer whether
-                any of them fits, and by the words which. ``detail``, as for :meth:`ask`.
+                region, as given or with "the", which always chooses one; or ``"both"`` (default): the product of the
+                two, where no match gives every region the same words. ``detail``, as for :meth:`ask`.
         """
         settings = LocateOptions(**options)
         if not isinstance(expression, str | list | tuple):
