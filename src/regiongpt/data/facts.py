@@ -6,8 +6,7 @@ Where a fact is not clear beyond a threshold, there is none:
   present, and nothing is counted or asked about the class;
 * a colour holds at least 45 % of the sampled pixels (black and grey 60 %) and 1.6 times the second;
 * a side relation needs boxes that overlap by at most 20 % of the smaller one along that axis, and centres at least
-  twice as far apart along it as along the other;
-* a superlative needs 6 % of the image side, or 1.6 times the area, over every rival.
+  twice as far apart along it as along the other.
 """
 
 import re
