@@ -202,7 +202,7 @@ def locate_expressions(
             logs = log_likelihoods(engine, scene, ready[row], [torch.cat(list(pooled))])[0].log_softmax(-1)
         if by != "answer":
             called_R = scores_ER[[different.index(name) for name in names[row]]].logsumexp(0).log_softmax(-1)
-            # The words alone always choose; beside the answer, no match makes them as likely for one region as another.
+            # The words alone always choose; for no match they count as equally likely for every region.
             no_match = -math.log(len(pooled)) if by == "both" else -math.inf
             logs = logs + torch.cat([called_R, torch.tensor([no_match])])
         shares = logs.softmax(-1)

@@ -292,7 +292,7 @@ class RegionPredictor:
             **options: ``by`` is ``"answer"``, the paper's way: one question about all regions, with ``Region [N]`` and
                 the no-match sentence as choices; ``"words"``: how probable the expression is as the name of each
                 region, as given or with "the", which always chooses one; or ``"both"`` (default): the product of the
-                two, where no match gives every region the same words. ``detail``, as for :meth:`ask`.
+                two; for no match, the words count as equally likely for every region. ``detail``, as for :meth:`ask`.
         """
         settings = LocateOptions(**options)
         if not isinstance(expression, str | list | tuple):
