@@ -196,6 +196,8 @@ def progress(items: Iterable[T], name: str, unit: str, total: int | None = None)
     seconds = 0.2 if terminal else LOG_SECONDS
 
     class Lines(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread for each bar: every item looks at the clock itself
+
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if terminal:
                 super().display(msg, pos)
@@ -203,7 +205,7 @@ def progress(items: Iterable[T], name: str, unit: str, total: int | None = None)
                 print(self, file=self.fp, flush=True)
 
     shown: Any = {"file": sys.stderr, "leave": False, "dynamic_ncols": True, "mininterval": seconds, "delay": seconds}
-    return Lines(items, desc=name, unit=f" {unit}", total=total, maxinterval=max(seconds, 10.0), **shown)
+    return Lines(items, desc=name, unit=f" {unit}", total=total, miniters=1, **shown)
 
 
 def tell(text: str) -> None:
