@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversations import ClassStatistics, Conversation, ConversationSampler, of_blank
-from expressions import dev_questions
 from pictures import annotated
 from sentences import describe, say_presence
 
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
 from regiongpt.data.facts import COLOURS, OBJECT, UNKNOWN, UNNAMED, View, ViewObject, holds, read
-from regiongpt.errors import ConfigError
 from regiongpt.prompts import (
     COCO_80,
     NO_MATCH,
@@ -166,24 +164,6 @@ def test_captions_only_where_they_stay_true():
     assert captions(View(image)) == set(image.captions)
     assert captions(View(image, flip=True)) == {"A dog by a car."}
     assert captions(View(image, crop=(0, 0, 100, 120))) == set()
-
-
-def test_development_questions():
-    classify = dev_questions(IMAGES, "classify")
-    assert len(classify) == sum(len(image.objects) for image in IMAGES)
-    assert classify[0].answer == classify[0].category == "person"
-    assert 0 < classify[0].share < 1
-
-    locate = dev_questions(IMAGES, "locate", seed=0)
-    assert len(locate) > 20
-    assert locate == dev_questions(IMAGES, "locate", seed=0)
-    for item in locate:
-        assert len(item.regions) == 5
-        assert parse_region_answer(item.answer) in range(1, 6)
-        assert item.category in item.text
-
-    with pytest.raises(ConfigError, match="'sing'"):
-        dev_questions(IMAGES, "sing")
 
 
 @pytest.mark.parametrize("flip", [False, True])
