@@ -12,12 +12,10 @@ product of matrices.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,12 +257,10 @@ def generation(bench: Bench, dtype: torch.dtype, options: argparse.Namespace) ->
     return rows
 
 
-def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, Any]:
-    """Scoring closed sets: 80 names for some regions against one sequence a choice, and thousands for one region."""
+def choices(engine: Engine, regions: int, alone: int) -> dict[str, Any]:
+    """Scoring a closed set: 80 names for some regions, against one sequence a choice with its own image."""
     bench = Bench(engine, 1)
-    scene = engine.encode_image(Image.fromarray(bench.photo))
-    text = question("classify", regions=[1])
-    turns = question_turns((), text)
+    turns = question_turns((), question("classify", regions=[1]))
 
     def one_by_one() -> None:
         for region, name in zip(boxes(alone), COCO_80, strict=False):
@@ -284,57 +280,10 @@ def choices(engine: Engine, regions: int, alone: int, many: int) -> dict[str, An
     scored()  # once unmeasured; the names are then ready, as they are for every image but the first
     seconds = {"together": min(timed(scored, engine.device) for _ in range(2))}
     seconds["alone"] = timed(one_by_one, engine.device) / alone * regions * len(COCO_80)
-    found: dict[str, Any] = {
+    return {
         "regions": regions, "names": len(COCO_80), "seconds": seconds,
         "times_faster": seconds["alone"] / seconds["together"],
     }  # fmt: skip
-    if many:
-        names = made_up_names(many)
-        work = partial(answer_scores, engine, scene, turns, engine.pool_each(scene, boxes(1)), names)
-        with grown_memory() as memory:
-            first, again = timed(work, engine.device), timed(work, engine.device)
-        found["many"] = {
-            "names": many, "regions": 1, "seconds_first": first, "seconds_again": again,
-            "grown_memory_bytes": memory.get("bytes"),
-        }  # fmt: skip
-    return found
-
-
-def made_up_names(count: int) -> list[str]:
-    """Names of two to four syllables, no two alike, seeded."""
-    syllables = ["ka", "to", "mi", "re", "sun", "no", "bar", "li", "pen", "dor", "fa", "gel"]
-    rng, names = np.random.default_rng(2), dict[str, None]()
-    while len(names) < count:
-        picks = rng.integers(0, len(syllables), (count, 5))
-        names |= dict.fromkeys("".join(syllables[k] for k in row[: 2 + row[4] % 3]) + f" {row[3]}" for row in picks)
-    return list(names)[:count]
-
-
-@contextmanager
-def grown_memory() -> Iterator[dict[str, int]]:
-    """How much more memory the process has at its most while the block runs; nothing where /proc is not there."""
-    found: dict[str, int] = {}
-    file, done = Path("/proc/self/statm"), threading.Event()
-    if not file.exists():
-        yield found
-        return
-
-    def resident() -> int:
-        return int(file.read_text().split()[1]) * resource.getpagesize()
-
-    before = resident()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            found["bytes"] = max(found.get("bytes", 0), resident() - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        watcher.join()
 
 
 def peak_memory(count: int) -> int:
@@ -349,20 +298,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
         [sys.executable, "-c", text], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
     )
     return int(done.stdout)
-
-
-def compiled(engine: Engine, rows: int) -> dict[str, float]:
-    """Seconds of one step of the language model, a token for each of ``rows`` sequences, plain and compiled."""
-    model = engine.model.language_model
-    embeds = torch.randn((rows, 1, model.config.hidden_size), device=engine.device, dtype=engine.model.dtype)
-    found = {}
-    with torch.inference_mode():
-        for name, call in (("plain", model), ("compiled", torch.compile(model))):
-            step = partial(call, inputs_embeds=embeds, use_cache=False)
-            found[f"{name}_first"] = timed(step, engine.device)
-            found[name] = statistics.median(timed(step, engine.device) for _ in range(9))
-    torch.compiler.reset()
-    return found
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -418,18 +353,6 @@ def table(results: dict[str, Any]) -> str:
                 f"  {scored['names']} choices x {scored['regions']} regions: {scored['seconds']['together']:.2f} s, "
                 f"{scored['times_faster']:.0f} times faster than a sequence a choice with its own image"
             )
-            if "many" in scored:
-                many = scored["many"]
-                lines.append(
-                    f"  {many['names']} choices x 1 region: {many['seconds_first']:.1f} s, again "
-                    f"{many['seconds_again']:.1f} s, at most {(many['grown_memory_bytes'] or 0) / 1e6:.0f} MB more"
-                )
-        if "compile" in found:
-            step = found["compile"]
-            lines.append(
-                f"  torch.compile: a step {step['compiled'] * 1e3:.1f} ms instead of {step['plain'] * 1e3:.1f}, "
-                f"the first {step['compiled_first']:.0f} s"
-            )
     return "\n".join(lines)
 
 
@@ -457,10 +380,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows = generation(bench, dtype, options)
         found: dict[str, Any] = {"tokens": options.tokens, "generation": rows}
         if options.choice_regions:
-            many = options.many_choices if name == "nano" else 0
-            found["choices"] = choices(engine, options.choice_regions, options.alone, many)
-        if options.compile:
-            found["compile"] = compiled(engine, max(options.regions))
+            found["choices"] = choices(engine, options.choice_regions, options.alone)
         results[name] = found
     report = {
         "benchmark": "many_regions",
@@ -494,8 +414,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--choice-regions", type=int, default=32, metavar="N", help="regions to classify; 0: not at all"
     )
-    parser.add_argument("--many-choices", type=int, default=13204, metavar="N", help="names of the large set, on nano")
-    parser.add_argument("--compile", action="store_true", help="also a step of the language model under torch.compile")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
