@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
 # Fixed here for repeatable results; the package itself takes any release that pyproject.toml allows.
 TORCH ?= torch==2.13.0
-# Releases that were tested together; `make CONSTRAINTS=` takes the newest of everything.
+# Releases that were tested together; `make CONSTRAINTS= TORCH=torch` takes the newest.
 CONSTRAINTS ?= constraints.txt
 # A folder of annotated images in COCO's format, for train-nano; recipes/nano/README.md says what it holds.
 DATA ?= ../shared/data/coco_photos

@@ -118,6 +118,16 @@ def test_closing_a_stream_ends_its_answer(engine: VllmEngine, served: Served) ->
     assert served.post(CHAT, chat_body()).status_code == 200
 
 
+def test_a_failed_step_leaves_nothing_behind(engine: VllmEngine, served: Served, monkeypatch) -> None:
+    llm = engine.scheduler.llm
+    whole = served.post(CHAT, chat_body()).json()["choices"]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "step", lambda: 1 / 0)
+        assert served.post(CHAT, chat_body("What is <region1>?")).status_code == 500
+    assert not llm.has_unfinished_requests()
+    assert served.post(CHAT, chat_body()).json()["choices"] == whole
+
+
 def test_regions_are_described_classified_and_located_as_by_our_own(predictor: RegionPredictor, served: Served) -> None:
     predictor.set_image(photograph())
     described = served.post("v1/regions/describe", regions_body(max_tokens=12)).json()["regions"]

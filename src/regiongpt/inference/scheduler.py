@@ -139,9 +139,13 @@ class Scheduler:
                 for job in self.running:
                     job.error = RuntimeError("the pass through the model was interrupted") if interrupted else error
                     job.finished = True
-                self.running, self._cache = [], PrefixCache()
+                self._abandon()
                 if interrupted:
                     raise
+
+    def _abandon(self) -> None:
+        """Forget all running jobs."""
+        self.running, self._cache = [], PrefixCache()
 
     def _cancel(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

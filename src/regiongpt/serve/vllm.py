@@ -95,6 +95,11 @@ class VllmScheduler(Scheduler):
             if output.finished or (job.reader is not None and job.reader.stopped):
                 self._leave(self.running.index(job))
 
+    def _abandon(self) -> None:
+        names, self._jobs, self.running = list(self._jobs), {}, []
+        if not self.dead:
+            self.llm.abort_request(names)
+
     def _leave(self, row: int) -> None:
         name = list(self._jobs)[row]  # they are in the same order
         job, _ = self._jobs.pop(name), self.running.pop(row)
