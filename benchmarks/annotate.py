@@ -1,4 +1,4 @@
-"""What the caption engine stands and costs: kills, faults, rate, processor time, memory, a large store, and batches.
+"""What the caption engine stands and costs: kills, faults, rate, processor time, memory, and batches.
 
     python benchmarks/annotate.py kills --out kills.json
 
@@ -27,7 +27,7 @@ from stamp import stamp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from endpoint import Running, running
 
-from regiongpt.storage import Store, digest, write_json
+from regiongpt.storage import write_json
 
 
 def draw(root: Path, images: int, regions: int, size: tuple[int, int] = (320, 240)) -> Path:
@@ -48,10 +48,10 @@ def draw(root: Path, images: int, regions: int, size: tuple[int, int] = (320, 24
     return root
 
 
-def start(root: Path, out: Path, *more: object, before: Any = None) -> "subprocess.Popen[str]":
+def start(root: Path, out: Path, *more: object) -> "subprocess.Popen[str]":
     paths = ["--images", root / "images", "--regions", root / "instances.json", "--out", out, "--gallery", 0]
     command = [sys.executable, "-m", "regiongpt.cli", "annotate", *map(str, (*paths, *more))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def captioned(out: Path) -> int:
@@ -104,7 +104,7 @@ def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def faults(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A full disk, the endpoint down for a minute, and one malformed answer in twenty."""
+    """The endpoint down for a minute, and one malformed answer in twenty."""
     root, found = draw(folder / "data", 200, 10), {}
     with running(folder / "endpoint", parse=False, latency=0.05, slots=64, malformed=0.05) as served:
         began = time.perf_counter()
@@ -129,21 +129,12 @@ def faults(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "seconds": options.down, "captioned": captioned(folder / "down"),
             "asked_again": served.asked().total() - 2200, "seconds_until_the_first_answer": first,
         }  # fmt: skip
-    with running(folder / "endpoint3", parse=False, latency=0.02, slots=64) as served:
-        # No file may grow beyond 500 kB: what SQLite then meets is what it meets on a full disk.
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))  # noqa: E731
-        process = start(root, folder / "full", "--captioner", served.url, before=limit)
-        _, err = process.communicate()
-        kept = answers(folder / "full")
-        full = {"exit_code": process.returncode, "message": err.strip(), "kept": kept, "answered": len(served.done())}
-        finish(start(root, folder / "full", "--captioner", served.url))
-        found["full_disk"] = {**full, "captioned": captioned(folder / "full"), "asked": served.asked().total()}
     return found
 
 
 def rate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Requests a second beside what 64 slots allow."""
-    requests, marks = _marks(folder, options, options.latency)
+    requests, marks = _marks(folder, options)
     (a, _, first), (b, _, last) = marks
     per_second, ideal = (last - first) / (b - a), 64 / options.latency
     return {
@@ -154,7 +145,7 @@ def rate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def cpu(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Processor time a request, with crops and store, beside a bare loop of the client."""
-    requests, ((_, cpu_a, first), (_, cpu_b, last)) = _marks(folder, options, options.latency)
+    requests, ((_, cpu_a, first), (_, cpu_b, last)) = _marks(folder, options)
     own = 1e3 * (cpu_b - cpu_a) / (last - first)
     bare = {}
     with running(folder / "bare", parse=False, latency=options.latency, slots=64) as served:
@@ -168,11 +159,11 @@ def cpu(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"requests": requests, "cpu_ms_per_request": own, "bare_client": bare, **times}
 
 
-def _marks(folder: Path, options: argparse.Namespace, latency: float) -> tuple[int, list[tuple[float, float, int]]]:
-    """Time, processor time and answers of a run, when it knows the endpoint and when a tenth is left."""
+def _marks(folder: Path, options: argparse.Namespace) -> tuple[int, list[tuple[float, float, int]]]:
+    """Time, processor time and answers of a run, after the first tenth of its requests and before the last."""
     images = options.rate_regions // 10
     root, marks, requests = draw(folder / "data", images, 10), [], images * 11
-    with running(folder / "endpoint", parse=False, latency=latency, slots=64) as served:
+    with running(folder / "endpoint", parse=False, latency=options.latency, slots=64) as served:
         process = start(root, folder / "out", "--captioner", served.url, "--concurrency", 256)
         while process.poll() is None:
             marks.append((time.perf_counter(), cpu_seconds(process.pid), lines(served, "done")))
@@ -246,43 +237,6 @@ def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answers(out: Path) -> int:
-    """How many answers a store holds."""
-    there = Store(out / "store")
-    return sum("text" in value for value in there.get(there.keys()).values())
-
-
-def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Open a store of many finished regions, and find out what of an image is done."""
-    text, many = "A dog that is brown, and lies on a lawn. " * 10, options.store_regions
-    with Store(folder / "out") as made:
-        for start in range(0, many, 1000):
-            values = {}
-            for k in range(start, min(start + 1000, many)):
-                values[digest(k)] = {
-                    "text": f"{text}{k}", "version": k % 10, "model": "mock-vlm", "seed": k, "seconds": 0.2,
-                    "tokens_in": 100, "tokens_out": 120, "cost": 1e-4, "at": 1e9 + k,
-                }  # fmt: skip
-            made.add(values)
-    code = (
-        "import json, re, sys, time\nfrom pathlib import Path\n"
-        "from regiongpt.storage import digest\nfrom regiongpt.storage import Store\n"
-        "began, count = time.perf_counter(), int(sys.argv[2])\n"
-        "with Store(sys.argv[1]) as store:\n"
-        "    store.get(['run'])\n    opened, began = time.perf_counter() - began, time.perf_counter()\n"
-        "    cost = store.total('cost')\n    summed = time.perf_counter() - began\n"
-        "    began = time.perf_counter()\n"
-        "    for start in range(0, count, 10):\n"
-        "        assert len(store.get([digest(k) for k in range(start, start + 10)])) == 10\n"
-        "    looked = time.perf_counter() - began\n"
-        "print(json.dumps({'regions': count, 'seconds_to_open': opened, 'cost': cost,"
-        " 'seconds_to_sum_the_cost': summed, 'seconds_to_look_all_up': looked,"
-        " 'mb': int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e3}))\n"
-    )
-    command = [sys.executable, "-c", code, str(folder / "out"), str(many)]
-    return dict(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-
-
 def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The captioner of RegionGPT checkpoints beside asking region by region: same model, prompts and answers."""
     import transformers
@@ -326,7 +280,7 @@ def regiongpt(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {part.__name__: part for part in (kills, faults, rate, cpu, memory, store, regiongpt)}
+PARTS = {part.__name__: part for part in (kills, faults, rate, cpu, memory, regiongpt)}
 
 
 def main() -> None:
@@ -340,7 +294,6 @@ def main() -> None:
         parts[name].add_argument("--rate-regions", type=int, default=20_000)
         parts[name].add_argument("--latency", type=float, default=0.2, help="seconds of an answer")
     parts["memory"].add_argument("--memory-regions", type=int, default=200_000)
-    parts["store"].add_argument("--store-regions", type=int, default=1_000_000)
     parts["regiongpt"].add_argument("--batch-images", type=int, default=6)
     parts["regiongpt"].add_argument("--model", help="RegionGPT checkpoint (default: the model of the package)")
     for part in parts.values():

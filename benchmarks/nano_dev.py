@@ -1,4 +1,4 @@
-"""Measure what `regiongpt evaluate` has no benchmark for: expressions, presence, and the smallest boxes.
+"""Measure a model on expressions, presence and small boxes of annotated images.
 
     python benchmarks/nano_dev.py --data ../shared/data/coco_photos --detail careful --out nano_dev.json
 
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from stamp import Progress, stamp
+from stamp import stamp
 
 from regiongpt import Question, Region, RegionPredictor
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import View, colours_of, noun
+from regiongpt.environment import progress, progress_shown
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate.bootstrap import mean_statistic, resample
 from regiongpt.evaluate.pope import read_answer
@@ -73,8 +74,8 @@ def presence(
 def measure(predictor: RegionPredictor, images: Sequence[ImageAnnotations], detail: Detail, seed: int) -> Rows:
     """Ask all questions about all images."""
     rows: Rows = defaultdict(list)
-    statistics, progress = ClassStatistics.of(images), Progress("nano_dev", len(images), "images")
-    for index, image in enumerate(images):
+    statistics = ClassStatistics.of(images)
+    for index, image in enumerate(progress(images, "nano_dev", "images")):
         photo, view = load_image(image.path), View(image)
         predictor.set_image(photo)
         rng, others = (np.random.default_rng((seed, index, *more)) for more in ((), (1,)))
@@ -98,7 +99,6 @@ def measure(predictor: RegionPredictor, images: Sequence[ImageAnnotations], deta
         answers = predictor.ask_many(questions, max_new_tokens=16, detail=detail)
         for each, answer in zip(small, answers, strict=True):
             rows["small boxes"].append((index, answer.text == each.category, ""))
-        progress.add()
     return rows
 
 
@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = photo_sources(options.data, options.split)
         images = load_coco(sources).images[: options.limit]
         predictor = RegionPredictor.from_pretrained(options.model, dtype="float32")
-        results = scores(measure(predictor, images, options.detail, options.seed))
+        with progress_shown():
+            results = scores(measure(predictor, images, options.detail, options.seed))
     except RegionGPTError as error:
         print(f"nano_dev: error: {error}", file=sys.stderr)
         return 2

@@ -19,11 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from many_regions import RANDOM, boxes, random_model
+from many_regions import RANDOM, boxes, photograph, random_model
 from PIL import Image
-from stamp import Progress, stamp
+from stamp import stamp
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
@@ -64,16 +63,12 @@ class Way:
         return {"seconds": seconds, "encode": encoded - began, "answers": answers}
 
 
-def noise(seed: int, size: int = 480) -> Image.Image:
-    """What is in an image does not change what it costs."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
-
-
 def measure(ways: dict[str, Way], count: int, rounds: int, first_image: int) -> dict[str, Any]:
     """Means and deviations over rounds in which the ways take turns."""
     regions, found = boxes(count), []
     for number in range(rounds):
-        photo, order = noise(first_image + number), list(ways)[:: 1 if number % 2 else -1]
+        photo = Image.fromarray(photograph(first_image + number))
+        order = list(ways)[:: 1 if number % 2 else -1]
         found.append({name: ways[name].describe(photo, regions) for name in order})
     row: dict[str, Any] = {"regions": count, "rounds": found}
     for key, values in {
@@ -121,10 +116,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ways = {name: Way(each, most, options.tokens) for name, each in (("regiongpt", own), ("vllm", served))}
             for count in dict.fromkeys((most, *options.regions)):  # once unmeasured
                 measure(ways, count, 1, first_image=0)
-            rows, progress = [], Progress("answers", len(options.regions), "numbers of regions")
-            for place, count in enumerate(options.regions):
-                rows.append(measure(ways, count, options.rounds, first_image=1 + place * options.rounds))
-                progress.add()
+            rows = [
+                measure(ways, count, options.rounds, first_image=1 + place * options.rounds)
+                for place, count in enumerate(options.regions)
+            ]
             reused = ways["vllm"].scheduler.reused
         finally:
             served.scheduler.llm.engine_core.shutdown()
