@@ -195,13 +195,14 @@ class Study:
                 config.check_files()
                 if not (config.out / "start" / "config.json").exists():
                     check_start(config)
-            self._shared_items()
+        # Known before the first training, but for debug runs, whose images are drawn with it.
+        shared = set() if self.options.debug else self._shared_items()
         runs: dict[str, list[TaskRun]] = {variant.name: [] for variant in self.variants}
         measured: dict[str, list[Measured]] = {variant.name: [] for variant in self.variants}
         with locked(self.out):
             if self.options.debug:
                 configs = {key: debug_size(config) for key, config in configs.items()}
-            shared = self._shared_items()
+                shared = self._shared_items()
             # Seed by seed: an ablation that is ended early has all variants with fewer seeds.
             for seed, variant in itertools.product(self.seeds, self.variants):
                 log.info("%s, seed %d", variant.name, seed)

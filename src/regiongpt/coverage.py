@@ -193,8 +193,6 @@ def _cut(start: Floats, end: Floats, y_edges: Floats, x_edges: Floats) -> tuple[
 def _integral(values: NDArray[Any], edges: Floats) -> Floats:
     """The integral over rows from 0 to each edge, (E, W), of values (H, W) that are constant within a row."""
     rows = len(values)
-    if rows == 0:
-        return np.zeros((len(edges), values.shape[1]))
     edges = np.clip(edges, 0.0, rows)
     row = np.minimum(edges.astype(np.int64), rows - 1)
     starts = np.unique(np.append(row, 0))

@@ -147,7 +147,7 @@ def region_answer(number: int) -> str:
     return f"Region [{number}]"
 
 
-_ANSWER = re.compile(r"region\s*\[?\s*([1-9][0-9]*)\s*\]?\s*\.?", re.IGNORECASE)
+_ANSWER = re.compile(r"region\s*\[?\s*([1-9][0-9]{0,5})\s*\]?\s*\.?", re.IGNORECASE)
 
 
 def parse_region_answer(text: str) -> int | Literal["invalid"] | None:

@@ -167,7 +167,7 @@ def read_options(kind: type[T], options: argparse.Namespace) -> T:
     """The settings that were typed; a ConfigError names the option whose value cannot be used."""
     given = {name: getattr(options, name) for name in kind.model_fields if hasattr(options, name)}
     try:
-        return kind.model_validate(given, context={"typed": True})
+        return kind.model_validate(given)
     except ValidationError as error:
         name, colon, rest = explain(kind, error).partition(":")
         is_option = bool(colon) and name.split(".")[0] in kind.model_fields

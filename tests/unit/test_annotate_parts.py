@@ -34,7 +34,7 @@ from regiongpt.annotate.options import MODES, Filters, Options
 from regiongpt.annotate.plan import WORDING, context, draw, region_prompt
 from regiongpt.cli import main
 from regiongpt.data.records import RecordRegion
-from regiongpt.errors import CheckpointError, ConfigError
+from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.inference.choices import Similarity
 
 HERE = Path(__file__).parent
@@ -286,7 +286,7 @@ def test_an_answer_without_an_end_is_cut_off(llava: Path) -> None:
 
 def test_what_ends_a_batch_ends_all_that_were_asked_together() -> None:
     class Broken(Captioner):
-        def answer(self, requests: Any) -> Any:
+        def _answer(self, requests: Any) -> Any:
             raise ConfigError("out of memory")
 
     async def ask() -> list[Any]:
@@ -295,6 +295,17 @@ def test_what_ends_a_batch_ends_all_that_were_asked_together() -> None:
         return await asyncio.gather(*asks, return_exceptions=True)
 
     assert [str(outcome) for outcome in asyncio.run(ask())] == ["out of memory"] * 6
+
+
+def test_a_request_that_the_model_refuses_fails_by_itself() -> None:
+    class Picky(Captioner):
+        def _answer(self, requests: Any) -> Any:
+            if any(each.text == "too long" for each in requests):
+                raise DataError("question too long")
+            return [Reply(text=each.text) for each in requests]
+
+    found = Picky({}, batch_size=4).answer([Request(stage="image", text=text) for text in ("a", "too long", "b")])
+    assert [each.text if isinstance(each, Reply) else each.kind for each in found] == ["a", "refused by the model", "b"]
 
 
 def test_a_model_without_vision_or_template_is_refused(llava: Path, tmp_path: Path) -> None:

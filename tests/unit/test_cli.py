@@ -170,7 +170,7 @@ DESCRIBE = ["describe", "photo.png"]
         (["locate", "photo.png", "a cup"], ["expected regions"]),
         # proposals
         (DESCRIBE, ["--proposals, --grid, --sam, --box"]),
-        ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["only one of"]),
+        ([*DESCRIBE, "--grid", "2", "--proposals", "boxes.json"], ["--proposals goes without --grid and --sam"]),
         ([*DESCRIBE, "--grid", "2", "--image-id", "3"], ["--image-id goes with --proposals"]),
         ([*DESCRIBE, "--proposals", "none.json"], ["none.json"]),
         ([*DESCRIBE, "--proposals", "boxes.json", "--min-score", "0.95"], ["no region is left"]),
@@ -209,6 +209,9 @@ def test_an_image_that_cannot_be_used_among_many_is_skipped_and_counted(run, tmp
     errors = err.splitlines()
     assert ["broken.jpg" in errors[0], "none.png" in errors[1]] == [True, True]
     assert errors[2].endswith("2 of 5 images were skipped")
+    many = ["--out", str(tmp_path / "found.jsonl"), "--box", "10,5,50,35", "--grid", "24"]
+    code, out, err = run("locate", "photo.png", "images", "the cat", *many)
+    assert (code, err.count("question too long")) == (1, 4), err
     Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
     words = ["photo.png", str(tmp_path / "small.png"), "--box", "30,5,50,35", "--choices", "cat,dog", "--json"]
     code, out, err = run("classify", *words)

@@ -74,6 +74,7 @@ FAULTS = [
     (line(conversation=None), "record of another format", "conversation: "),
     (line(regions=[{"box": [1, 2, 3]}]), "region that makes no sense", "<region1>"),
     (line(regions=[{"box": [60, 2, 70, 9]}]), "region that makes no sense", "<region1>"),
+    (line(regions=[{"box": [0.1, 0.1, 0.5, 0.5], "normalized": True}]), "box in fractions", "<region1>: multiply"),
     (line(regions=[{**BOX, "category": 1}]), "record of another format", "<region1>: expected category as text"),
     (line(width=41, height=30), "image of another size", "41 x 30"),
     (line({"task": "presence", "category": "a <region of it", "answer": "No."}), "placeholder in the text", "plain"),

@@ -13,7 +13,9 @@ from tiny import text_config
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from regiongpt.errors import CheckpointError, ConfigError, DataError, RegionError
+from regiongpt.images import load_image
 from regiongpt.inference import Question, RegionPredictor, scheduler
+from regiongpt.inference import predictor as predictor_module
 from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import question_turns
 from regiongpt.inference.scheduler import TextReader, draw
@@ -75,7 +77,7 @@ def test_locate_by_what_each_region_is_called_and_by_both(predictor):
         assert by_both[k].index == (None if both[3] > 0.5 else int(both[:3].argmax()))
 
 
-def test_conversation_equals_ask_with_history_about_the_image_it_began_with(predictor):
+def test_conversation_equals_ask_with_history_about_the_image_it_began_with(predictor, monkeypatch):
     conversation = predictor.conversation([BOX, OTHER])
     predictor.set_image(255 - photograph())
     first = conversation.ask(ASK, **SHORT)
@@ -88,6 +90,15 @@ def test_conversation_equals_ask_with_history_about_the_image_it_began_with(pred
     with pytest.raises(RegionError, match="<region3>"):
         conversation.ask("And <region3>?")
     assert conversation.messages == before
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.engine.decoder, "forward", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            list(conversation.stream("And <region1>?"))
+    assert conversation.messages == before
+    pieces = conversation.stream("And <region1>?", max_new_tokens=20)
+    begun = next(pieces)
+    pieces.close()
+    assert conversation.messages[-1]["content"] == begun.strip()
 
 
 def test_how_a_mask_was_read_is_a_warning_wherever_it_is_asked_about(predictor):
@@ -199,6 +210,18 @@ def test_many_questions_come_in_their_order_with_timings(predictor):
     assert all(answer.seconds > 0 for answer in found)
     assert found[-1].warnings  # <region1> was never mentioned
     assert predictor.ask_many([]) == []
+
+
+def broken(*_, **__):
+    raise RuntimeError("broken")
+
+
+def test_a_file_is_decoded_once_for_its_questions(predictor, monkeypatch, tmp_path):
+    path, decoded = tmp_path / "one.png", []
+    Image.fromarray(photograph(5)).save(path)
+    monkeypatch.setattr(predictor_module, "load_image", lambda image: decoded.append(image) or load_image(image))
+    predictor.ask_many([Question(text=ASK, regions=BOX, image=path)] * 5, **SHORT)
+    assert decoded == [path] * 2  # checked, then answered
 
 
 def test_many_images_are_encoded_once_each(predictor, encoded, tmp_path):

@@ -108,6 +108,7 @@ def test_a_question_lacking_something_is_refused(task: str, slots: dict, message
         ("no corresponding options found", None),
         ("Region [0]", "invalid"),
         ("Region [1] or Region [2]", "invalid"),
+        (f"Region [{'9' * 5000}]", "invalid"),
         ("the red cup", "invalid"),
         ("", "invalid"),
     ],

@@ -64,6 +64,11 @@ def test_every_recipe_that_ships_is_read_and_survives_json(path: Path) -> None:
     assert Recipe(**json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("seed = 7\n[data]\nmixture = 'records'\n[model]\ninit = 'nano'\n", "utf-8-sig")
+    assert Recipe.load(tmp_path / "own.toml").seed == 7
+
+
 def test_the_refinements_are_those_of_the_model() -> None:
     assert set(get_args(ModelConfig.model_fields["refinement"].annotation)) == set(REFINEMENTS)
 

@@ -69,6 +69,17 @@ def test_every_way_of_asking_looks_twice() -> None:
     assert all(fast != careful for fast, careful in zip(*said.values(), strict=True))
 
 
+def test_regions_within_the_same_box_share_a_crop() -> None:
+    predictor = RegionPredictor(*looking()).set_image(photograph())
+    masks = [np.zeros((40, 60), dtype=bool) for _ in range(3)]
+    for k, mask in enumerate(masks):
+        mask[5 : 20 + k // 2, 10:30] = True
+        mask[8 + k // 2, 12] = False
+    regions = [Region.mask(mask) for mask in masks]
+    predictor.describe(regions, detail="careful", max_new_tokens=1)
+    assert len(predictor._here().crops) == 2
+
+
 def test_batches_and_single_crops_are_alike_and_each_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = RegionPredictor(*looking("efficientnet_lite")).set_image(photograph())
     engine, scene, regions = predictor.engine, predictor._here(), boxes(20)

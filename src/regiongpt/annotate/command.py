@@ -22,7 +22,7 @@ def annotate(options: Options) -> int:
     """Caption what is missing, write the files and print a summary; an interrupted run only keeps its store.
 
     Returns:
-        The exit code: 0; 2 where regions are left without a caption, 130 after Ctrl-C.
+        The exit code: 0; 2 where requests failed or regions cannot be used, 130 after Ctrl-C.
     """
     require_data_extra()
     if out := options.refilter:

@@ -74,7 +74,7 @@ class ImageTask:
         record, most = self.record, self.options.crop_most
         assert self.options.images
         image = load_image(self.options.images / record.image)
-        if record.width and image.size != (record.width, record.height):
+        if image.size != (record.width, record.height):
             size = f"{image.width} x {image.height}"
             raise DataError(f"expected {record.width} x {record.height} pixels as in its regions, got {size}")
 

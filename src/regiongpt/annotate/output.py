@@ -47,8 +47,13 @@ class Output:
 
     def write(self) -> None:
         """Write all files atomically; DataError if the disk is full."""
+        with locked(self.out / ".writing", wait=True):
+            self._write()
+            (self.out / ".new").rmdir()
+
+    def _write(self) -> None:
         least = self._least()
-        with locked(self.out / ".writing", wait=True), new_folder(self.out / ".new") as folder:
+        with new_folder(self.out / ".new") as folder:
             (folder / "captions").mkdir()
             manifest = write_records(
                 folder / "records", self._records(least, folder), Rejects(), source="annotate",
@@ -75,7 +80,6 @@ class Output:
                     there.unlink(missing_ok=True)
                     if (folder / name).exists():
                         (folder / name).replace(there)
-        (self.out / ".new").rmdir()
 
     def table(self) -> list[list[str]]:
         """The paper's Table 2 with a line for this run."""

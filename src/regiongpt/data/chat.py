@@ -90,6 +90,8 @@ class JsonlConverter(Converter):
                     category = given.pop("category", "")
                     if not isinstance(category, str):
                         raise Fault(MALFORMED, f"<region{place}>: expected category as text, got {short(category)}")
+                    if given.get("normalized"):
+                        raise Fault("box in fractions", f"<region{place}>: multiply it by the image's width and height")
                     region = Region.from_dict(given, f"<region{place}>")
                     regions.append(RecordRegion(region=region, category=words_alone(category)))
                 turns = [_turn(each, f"turn {k}: ", len(regions)) for k, each in enumerate(line.conversation, 1)]

@@ -340,18 +340,15 @@ VAGUE = frozenset({"overlapping", "inside", "around"})
 # Claims
 
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "many")
-
-
 @dataclass(frozen=True)
 class Claim:
     """One claim of a sentence.
 
     Attributes:
-        kind: ``class``, ``colour``, ``size``, ``place``, ``count``, ``relation`` or ``presence``.
+        kind: ``class``, ``colour``, ``size``, ``place``, ``relation`` or ``presence``.
         value: Such as ``"dog"``, ``"animal"``, ``"another"`` (than the class asked for), ``"red"``, ``"large"``,
-            ``"at the top"``, ``"one"``, ``"above"``, ``"yes"``.
-        about: The class that is counted, related to or said to be there; of presence, empty for the one asked about.
+            ``"at the top"``, ``"above"``, ``"yes"``.
+        about: The class that is related to or said to be there; of presence, empty for the one asked about.
         region: Number of the region it is about, 0 for the whole image.
         to: Number of the region that a relation is to, 0 where that is any object of the class.
     """
@@ -368,8 +365,8 @@ def holds(
 ) -> bool | None:
     """Whether a claim is true, or None where annotations and pixels do not decide that.
 
-    A side, half or relation is undecided in the gaps between clear cases, a count where there is a crowd, and a colour
-    where none is clear or the two could pass for each other.
+    A side, half or relation is undecided in the gaps between clear cases, and a colour where none is clear or the two
+    could pass for each other.
 
     Args:
         claim: What was said.
@@ -383,11 +380,6 @@ def holds(
     name, each = claim.about or asked, regions[claim.region - 1] if claim.region else None
     if claim.kind == "presence":
         return None if name in view.maybe else (name in view.by_category) == (claim.value == "yes")
-    if claim.kind == "count":
-        if each is not None and each.category != name:
-            return False
-        count = view.count(name)
-        return None if count is None else NUMBERS[min(count, len(NUMBERS) - 1)] == claim.value
     assert each is not None
     if claim.kind == "class":
         if claim.value == "another":
@@ -599,7 +591,7 @@ def read(task: str, text: str) -> tuple[list[Claim], list[str]]:
 
     Args:
         task: ``describe`` (of brief ones too), ``classify`` (with or without the closed set), ``relation``,
-            ``presence``, ``image_caption``, or a key of :data:`COMMON`.
+            ``presence``, ``image_caption``, or a key of ``prompts.COMMON``.
         text: The answer.
     """
     claims: dict[Claim, None] = {}

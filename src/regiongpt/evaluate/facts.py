@@ -34,7 +34,7 @@ from regiongpt.evaluate.task import Answer, Item, Measured, Scored, Task, given,
 from regiongpt.prompts import COCO_80, COMMON, OFF_TOPIC, question
 from regiongpt.regions import Region
 
-KINDS: Final = ("class", "colour", "size", "place", "count", "relation", "presence")
+KINDS: Final = ("class", "colour", "size", "place", "relation", "presence")
 RELATED: Final = 3
 """Most pairs of regions per image, and most regions that the questions of :data:`COMMON` are about."""
 _GRAMMARS: Final = {"ask": "classify", "brief": "describe", "image": "image_caption"}

@@ -283,7 +283,7 @@ class RunOptions(Settings):
     device: str | None = None
     """cuda, mps or cpu; default: the first available."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; default: float32 on the CPU, else bfloat16; or int8 for the language model."""
+    """float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32; or int8 for the language model."""
     untrained: bool = False
     """Allow a checkpoint that has not been trained."""
     detail: Literal["fast", "careful"] = "fast"

@@ -233,7 +233,7 @@ class Similarity:
             self._model = AutoModel.from_pretrained(path).to(self._device).eval()
             self._processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: cannot be loaded: {reason(error)[:200]}") from None
+            raise CheckpointError(f"{path}: cannot be loaded: {reason(error)}") from None
         self._pads, self._lock = kind == "siglip", threading.Lock()  # one batch at a time
         self.window = int(self._model.config.text_config.max_position_embeddings)
         self.identity = f"{path.resolve().name} {weights_digest(path)}"

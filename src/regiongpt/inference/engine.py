@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from regiongpt.coverage import Bounds
 from regiongpt.errors import ConfigError, DataError
 from regiongpt.inference.options import ROWS, Detail, Options
 from regiongpt.inference.scheduler import Job, Scheduler, TextReader
@@ -80,7 +81,7 @@ class Scene:
     map_1Chw: Tensor  # the refined map that regions are pooled from
     image_ND: Tensor  # the image's tokens for the language model
     photo: Image.Image | None = field(default=None, repr=False, compare=False)  # for a second look
-    crops: dict[Region, Tensor] = field(default_factory=dict, repr=False, compare=False)  # features of those taken
+    crops: dict[Bounds, Tensor] = field(default_factory=dict, repr=False, compare=False)  # features of those taken
     # By the tokens up to the image's end; there is one, unless system texts differ.
     prefixes: Latest[Prefix] = field(default_factory=lambda: Latest(4), repr=False, compare=False)
 
@@ -149,12 +150,14 @@ class Engine:
     def crops(self, scene: Scene, regions: Sequence[Region]) -> Tensor:
         """Features (1, R, C) of regions' own crops, those not yet known encoded together."""
         assert scene.photo is not None
-        new = [region for region in dict.fromkeys(regions) if region not in scene.crops]
+        places = [region.bounds(scene.width, scene.height) for region in regions]
+        missing = {place: region for place, region in zip(places, regions, strict=True) if place not in scene.crops}
+        new = list(missing.items())
         for start in range(0, len(new), CROPS):
             some = new[start : start + CROPS]
-            pixels = self.processor.crop_inputs(scene.photo, some)
-            scene.crops.update(zip(some, self.model.encode_crops(pixels[None])[0], strict=True))
-        return torch.stack([scene.crops[region] for region in regions])[None]
+            pixels = self.processor.crop_inputs(scene.photo, [region for _, region in some])
+            scene.crops.update(zip(dict(some), self.model.encode_crops(pixels[None])[0], strict=True))
+        return torch.stack([scene.crops[place] for place in places])[None]
 
     def pool_each(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> list[Tensor]:
         """Features (K, D) of each region by itself."""

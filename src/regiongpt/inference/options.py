@@ -121,7 +121,7 @@ class Sources(Settings):
     @model_validator(mode="after")
     def _check_sources(self) -> "Sources":
         if self.proposals and (self.sam or self.grid is not None):
-            raise ValueError("give only one of --proposals, --grid and --sam")
+            raise ValueError("--proposals goes without --grid and --sam")
         if self.image_id is not None and not self.proposals:
             raise ValueError("--image-id goes with --proposals")
         return self
@@ -135,7 +135,7 @@ class ModelOptions(Settings):
     device: str | None = None
     """cuda, cuda:N, mps or cpu (default: the first available)"""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
-    """float32, bfloat16 or float16 (default: float32 on the CPU, else bfloat16), or int8 for the language model"""
+    """float32, bfloat16 or float16 (default: bfloat16 on CUDA, else float32), or int8 for the language model"""
     untrained: bool = False
     """allow a checkpoint that has not been trained"""
 

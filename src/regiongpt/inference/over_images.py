@@ -240,12 +240,15 @@ class Segmenter:
         from transformers import AutoConfig, SamModel
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+        from regiongpt.inference.engine import pick_device
+
+        chosen = pick_device(device)
         try:
             kind = AutoConfig.from_pretrained(path).model_type
             if kind != "sam":
                 raise CheckpointError(f"expected a SAM model at {path}, got the model_type {kind!r}")
             self.processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-            self.model = SamModel.from_pretrained(path).eval().to(device or "cpu")
+            self.model = SamModel.from_pretrained(path).eval().to(chosen)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"expected a SAM model at {path}, which cannot be read: {reason(error)}") from None
 
@@ -470,16 +473,16 @@ def over_images(
         try:
             photo = load_image(path)
             given, n_left_out, unusable = request.regions(photo, path, several)
+            predictor = predictor or load_predictor(request.model)
+            began = time.perf_counter()
+            predictor.set_image(photo)
+            reply = _VERBS[request.verb](predictor, given, request.text, request.options)
         except (DataError, RegionError) as error:
             if not several:
                 raise
             tell(f"regiongpt: error: {'' if path in str(error) else f'{path}: '}{error}; skipped")
             skipped += 1
             continue
-        predictor = predictor or load_predictor(request.model)
-        began = time.perf_counter()
-        predictor.set_image(photo)
-        reply = _VERBS[request.verb](predictor, given, request.text, request.options)
         if n_left_out:
             why = f" (unusable: {unusable})" if unusable else ""
             reply.warnings.insert(0, f"left out {n_left_out} of {n_left_out + len(given)} regions{why}")

@@ -217,8 +217,10 @@ class RegionPredictor:
             checked.append((image, regions, prompt, settings))
 
         def asked() -> Iterator[tuple[Scene, Prompt, Options]]:
+            last: Any = None
             for image, regions, prompt, own in checked:
-                scene = image if isinstance(image, Scene) else self._encoded(image)
+                if image is not last:  # a file is decoded once for all questions about it that follow each other
+                    last, scene = image, image if isinstance(image, Scene) else self._encoded(image)
                 yield scene, replace(prompt, pooled=self.engine.pool(scene, regions, own.detail)), own
 
         return self.engine.answers(asked(), began)
@@ -330,15 +332,18 @@ class Conversation:
     def ask(self, question: str, **generation: Any) -> Answer:
         """Ask as :meth:`RegionPredictor.ask` does; a question that fails leaves the conversation as it was."""
         began, options = time.perf_counter(), Options(**generation)
-        prompt = self._prepare(question, options)
+        prompt, kept = self._prepare(question, options)
         ((_, answer),) = self.engine.answers([(self.scene, prompt, options)], began)
-        self._remember(question, answer.text)
+        self._remember(kept, question, answer.text)
         return answer
 
     def stream(self, question: str, **generation: Any) -> Iterator[str]:
-        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces."""
+        """Ask as :meth:`ask` does, which checks at once, and yield the answer in pieces.
+
+        Leaving the iteration ends the answer, and what was said of it is a turn.
+        """
         options = Options(**generation)
-        prompt = self._prepare(question, options)
+        prompt, kept = self._prepare(question, options)
 
         def pieces() -> Iterator[str]:
             said = ""
@@ -346,12 +351,14 @@ class Conversation:
                 for piece in self.engine.stream(self.scene, prompt, options):
                     said += piece
                     yield piece
-            finally:
-                self._remember(question, said)
+            except GeneratorExit:
+                self._remember(kept, question, said)
+                raise
+            self._remember(kept, question, said)
 
         return pieces()
 
-    def _prepare(self, question: str, options: Options) -> Prompt:
+    def _prepare(self, question: str, options: Options) -> tuple[Prompt, list[Turn]]:
         kept, pooled = list(self.messages), self.engine.pool(self.scene, self.regions, options.detail)
         while True:
             try:
@@ -366,10 +373,9 @@ class Conversation:
         self.warnings = () if self.messages else notes(self.regions)
         if forgotten := (len(self.messages) - len(kept)) // 2:
             self.warnings = (f"the model's context is full; forgot the oldest turns: {forgotten}",)
-        self.messages = kept
-        return replace(prompt, warnings=self.warnings)
+        return replace(prompt, warnings=self.warnings), kept
 
-    def _remember(self, question: str, answer: str) -> None:
+    def _remember(self, kept: Sequence[Turn], question: str, answer: str) -> None:
         self.warnings += tuple(citation_warnings(answer, len(self.regions)))
         if answer.strip():  # silence is not a turn that a template could write
-            self.messages = [*question_turns(self.messages, question), {"role": "assistant", "content": answer.strip()}]
+            self.messages = [*question_turns(kept, question), {"role": "assistant", "content": answer.strip()}]

@@ -3,7 +3,7 @@
 What does not fit is an error here, where transformers would warn and fill the gap with random numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -113,10 +113,7 @@ class Int8Linear(nn.Module):
 
 
 _FEW = 64
-"""Rows up to which the CPU's kernel for int8 is quicker than making floats again: 20 times for one row.
-
-The kernel takes inputs in multiples of 16.
-"""
+"""Rows up to which the CPU's kernel for int8 is quicker than making floats again: 20 times for one row."""
 
 
 def _not_saved(*_: Any) -> None:
@@ -187,10 +184,7 @@ def from_llava(
     out: str | Path | None = None,
     *,
     refinement: str = "none",
-    image_grid: Sequence[int] | None = None,
     chat_template: str = "vicuna_v1",
-    region_format: str = REGION_TOKEN,
-    dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Take tower, connector and language model from a LLaVA-1.5 checkpoint; options are those of :func:`create`.
 
@@ -205,7 +199,7 @@ def from_llava(
         raise CheckpointError(f"{path}: expected a LLaVA with one vision feature layer, got another model")
     if source.vision_feature_select_strategy == "full" and not source.vision_config.model_type.startswith("siglip"):
         raise CheckpointError(f"{path}: expected a LLaVA that drops the class token; it feeds it to the connector")
-    llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True, dtype=dtype)
+    llava = _pretrained(LlavaForConditionalGeneration, path, only_part=True)
     # LLaVA's decoder and head make the causal language model that they came from.
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(source.text_config)
@@ -214,8 +208,8 @@ def from_llava(
     tower = llava.model.vision_tower
     image_processor = square_image_processor(native_image_size(tower.config), str(path))
     shape = {"vision_feature_layer": source.vision_feature_layer, "projector_hidden_act": source.projector_hidden_act}
-    shape |= {"refinement": refinement, "image_grid": image_grid}
-    processing = {"chat_template": chat_template, "region_format": region_format}
+    shape |= {"refinement": refinement}
+    processing = {"chat_template": chat_template}
     model, processor = _join(tower, language_model, image_processor, path, processing, **shape)
     with torch.no_grad():
         for name in ("linear_1", "linear_2"):
@@ -225,11 +219,10 @@ def from_llava(
     return _save(model, processor, out)
 
 
-def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> Loaded:
+def convert(path: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     """Rewrite a checkpoint with its weights stored in another precision, to be loaded in float32 as before."""
     check_new(out)
     _save(*load(path, dtype=dtype), out, loaded_in="float32")  # half precision is slow on a CPU
-    return load(out)
 
 
 def load_tower(vision: str, image_size: int | None = None) -> tuple[Any, Any]:

@@ -108,15 +108,17 @@ class Worker:
                 self._step()
                 if self.engine.scheduler.dead:
                     raise RuntimeError("what runs the language model has died")
+            ended = ApiError(503, "the server is shutting down", "shutting_down", wait=5)
         except BaseException:
             log.exception("the model's thread has failed")
+            ended = ApiError(503, "the model has stopped working; restart the server", "model_failed")
         self.failed = True
         left = [ticket for line in self._clients.values() for ticket in line]
         left += [ticket for ticket, _ in (*self._running, *self._suspects)]
         while not self._arrived.empty():
             left += filter(None, [self._arrived.get()])
         for ticket in left:
-            self._fail(ticket, ApiError(503, "the server is shutting down", "shutting_down", wait=5))
+            self._fail(ticket, ended)
 
     def _wait(self) -> bool:
         """Take new requests, or wait for one; False at the end."""

@@ -266,7 +266,7 @@ class Recipe(Settings):
         if cls is Recipe and path and (script := own_script(path)):
             raise ConfigError(f"{path}: has steps of its own; run python {script}")
         recipe = super().load(path, overrides)
-        own = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
+        own = tomllib.loads(path.read_text(encoding="utf-8-sig")) if path else {}
         own.pop("extends", None)
         for name in dotted(override(own, overrides)):
             if why := recipe.unused(name):

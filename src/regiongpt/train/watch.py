@@ -126,4 +126,4 @@ def note_run(out: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
     with suppress(DataError, KeyError, TypeError):  # torn notes are worth less than the run
         before = list(read_json(out / RUN)["starts"])
     notes = {"config": recipe.model_dump(mode="json"), "data": data, "starts": [*before, start]}
-    write_json(out / RUN, json.loads(json.dumps(notes, default=str)))
+    write_json(out / RUN, notes)

@@ -12,7 +12,7 @@ from PIL import Image
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import Stage
 from regiongpt.data.records import RecordRegion
-from regiongpt.errors import CheckpointError
+from regiongpt.errors import CheckpointError, DataError, RegionError
 from regiongpt.storage import read_json
 
 
@@ -79,7 +79,15 @@ class Captioner:
         self._lock, self._stopping = asyncio.Lock(), False
 
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
-        """Answer a batch, in its order."""
+        """Answer a batch, in its order; a request that the model refuses fails by itself."""
+        try:
+            return self._answer(requests)
+        except (DataError, RegionError) as error:
+            if len(requests) == 1:
+                return [Failed("refused by the model", str(error))]
+            return [self.answer([request])[0] for request in requests]  # one of them is at fault
+
+    def _answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
         raise NotImplementedError
 
     def has_room(self, begun: int) -> bool:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from regiongpt.annotate.captioners import Captioner, Failed, Reply, Request
+from regiongpt.annotate.captioners import Captioner, Reply, Request
 from regiongpt.annotate.options import Options
-from regiongpt.errors import RegionGPTError
 from regiongpt.inference import RegionPredictor
 from regiongpt.inference.predictor import Question
 from regiongpt.inference.vision_language import VisionLanguageModel
@@ -28,16 +27,7 @@ class Checkpoint(Captioner):
         identity = {"captioner": "regiongpt", "model": self.name, "weights": weights_digest(folder)}
         super().__init__(identity, batch_size=max(64, options.batch_size), images=8)
 
-    def answer(self, requests: Sequence[Request]) -> Sequence[Reply | Failed]:
-        """Ask all at once, image by image."""
-        try:
-            return self._answer(requests)
-        except RegionGPTError as error:
-            if len(requests) == 1:
-                return [Failed("refused by the model", str(error))]
-            return [self.answer([request])[0] for request in requests]  # one of them is at fault
-
-    def _answer(self, requests: Sequence[Request]) -> list[Reply | Failed]:
+    def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         found: dict[int, Reply] = {}
         choosing: dict[int, list[int]] = {}  # by image
         asked: dict[int, Question] = {}
@@ -84,8 +74,7 @@ class OtherModel(Captioner):
         identity = {"captioner": "transformers", "model": self.model.name, "weights": weights_digest(folder)}
         super().__init__(identity, options.batch_size, images=options.batch_size)
 
-    def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """Generate for all at once."""
+    def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         chats = [request.messages({"type": "image", "image": request.picture}) for request in requests]
         sampling: dict[str, Any] = {}
         if self.options.temperature:

@@ -20,8 +20,7 @@ class Facts(Captioner):
         self.seed = options.seed
         super().__init__({"captioner": "facts", "model": "facts"}, batch_size=64, images=64)
 
-    def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """Word each; an image's colours are measured once."""
+    def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         views = {id(each.picture): (each.picture, each.regions) for each in requests}
         seen = {}
         for key, (image, regions) in views.items():
