@@ -20,7 +20,7 @@ from regiongpt.storage import read_json
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOT_SHOWN = ("AP50", "AP75")  # with given boxes they are AP to a few tenths
-NOT_COMPARED = (*NOT_SHOWN, "class_average", "without_person")
+NOT_COMPARED = (*NOT_SHOWN, "class_average")
 BY_SIZE = "score all choices"  # the only protocol with AP by size
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 

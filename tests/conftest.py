@@ -1,6 +1,7 @@
-"""Makes the helpers of this folder, and nano's recipe, importable from every test below it."""
+"""Makes the helpers of this folder, nano's recipe and the benchmarks importable from every test below it."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "recipes" / "nano")]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "recipes" / "nano"), str(ROOT / "benchmarks")]

@@ -6,19 +6,15 @@ Run as a script, it is one process of a real run: the tests start it by itself, 
 import argparse
 import os
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny import IMAGE, REGION, tiny_inputs, tiny_model
 
 from regiongpt.errors import DataError
 from regiongpt.train.dataset import answer_loss

@@ -217,8 +217,6 @@ def _read_state(side_file: Path, path: Path, wanted: str) -> dict[str, Any] | No
         state = read_json(side_file)
         rows = np.load(path, mmap_mode="r")
         done, colours, made_for = state["done"], state["colours"], state["digest"]
-        if "checksums" not in state:  # written by a release without checksums
-            state["checksums"] = [[crc32(row.data) for row in rows[index]] for index in range(done)]
         if not len(colours) == len(state["checksums"]) == done <= len(rows):
             raise ValueError(f"{done} images are not {len(colours)}")
     except (DataError, OSError, EOFError, ValueError, KeyError, TypeError) as error:

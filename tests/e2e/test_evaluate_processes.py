@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from pictures import draw_pictures
+from tiny_checkpoint import make_checkpoint
 
 from regiongpt.evaluate.report import read_run
 from regiongpt.storage import Store
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from tiny_checkpoint import make_checkpoint
 
 PICTURES = 60
 

@@ -17,8 +17,6 @@ from tiny_checkpoint import make_checkpoint
 
 from regiongpt import RegionPredictor, cli
 
-pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

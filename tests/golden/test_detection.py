@@ -1,9 +1,8 @@
-"""The COCO API's own example: the precisions of its boxes; and LVIS' figures."""
+"""The COCO API's own example, against pycocotools; and LVIS' results."""
 
 import json
 import os
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,7 @@ def test_reproduces_the_figures_of_the_coco_api() -> None:
         pytest.skip(f"no fixtures at {DATA}; set REGIONGPT_DATA to the folder that holds fixtures")
     truth = json.loads((DATA / "instances_val2014_100.json").read_text())
     results = json.loads((DATA / "instances_val2014_fakebbox100_results.json").read_text())
-    part = (DATA / "val2014_fake_eval_res.txt").read_text().split("type=bbox")[1].split("type=")[0]
-    wanted = [float(number) for number in re.findall(r"= (\d\.\d{3})", part)]
     found = [statistic.value() for statistic in detection_scores(truth, results).values()]
-    assert [round(value, 3) for value in found] == wanted[:6]
     objects = COCO(DATA / "instances_val2014_100.json")
     theirs = COCOeval(objects, objects.loadRes(results), "bbox")
     theirs.evaluate()

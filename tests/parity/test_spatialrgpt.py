@@ -569,6 +569,7 @@ def test_it_chooses_by_the_places_of_mentions(ours: Path) -> None:
 def test_it_is_evaluated_and_captions(
     run: Callable[..., str], tmp_path: Path, ours: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("datasets", reason="the extra `data` is not installed")
     says("a red cat that sits in the corner of a white room", weights.load(ours)[1], monkeypatch)
     out = tmp_path / "evaluated"
     run("evaluate", "coco_cls", "--data", ".", "--out", str(out), "--resamples", "0", "--dtype", dtype)
@@ -579,6 +580,7 @@ def test_it_is_evaluated_and_captions(
 
 
 def test_it_is_trained_with_adapters(ours: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `train` is not installed")
     coco: Any = load_converter("coco")
     convert(coco(instances=(pictures / "instances_val2017.json",), images=pictures / "images"), tmp_path / "records")
     small = ["--stage2.batch_size=2", "--stage2.micro_batch_size=1", "--stage2.epochs=1", "--stage2.lr=0.01"]

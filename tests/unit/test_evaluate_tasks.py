@@ -2,11 +2,11 @@
 
 import json
 import pickle
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pope_questions
 import pytest
 from evaluating import need_java
 from PIL import Image
@@ -19,10 +19,6 @@ from regiongpt.evaluate.run import load_items
 from regiongpt.evaluate.task import Answer, Result, Task
 from regiongpt.prompts import NO_MATCH
 from regiongpt.regions import Region
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import pope_questions
 
 NAMES = ("cat", "dog", "bird", "car", "bus", "cup", "fork", "spoon")
 

@@ -1,20 +1,15 @@
 """The benchmark of expressions, presence and small boxes: its questions have right answers, and its scores count."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import nano_dev
 import pytest
 from pictures import draw_pictures
 from tiny_checkpoint import make_checkpoint
 
 from regiongpt.data.coco import load_coco, photo_sources
 from regiongpt.prompts import closed_set_suffix
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import nano_dev
 
 NAMES = ["person", "dog", "cat", "hot dog", "car", "bus"]
 

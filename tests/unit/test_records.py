@@ -19,9 +19,6 @@ from regiongpt.errors import DataError, RegionError
 from regiongpt.prompts import QUESTIONS
 from regiongpt.regions import Region
 
-pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-pytest.importorskip("datasets", reason="datasets is not installed")
-
 WIDTH, HEIGHT = 12, 9
 x, y = st.floats(0, WIDTH), st.floats(0, HEIGHT)
 points = st.tuples(x, y).map(list)

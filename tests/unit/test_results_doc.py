@@ -1,19 +1,15 @@
 """The document of results is made of what runs have written, and of nothing else."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import results_doc
 from evaluating import Drawn, register
 from pictures import draw_pictures
 
 from regiongpt.evaluate.run import evaluate
 from regiongpt.evaluate.task import RunOptions
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import results_doc
 
 CELL = {"mean": 12.34, "interval": [10.0, 15.0], "gain": None, "gain_interval": None, "too_few": False}
 
