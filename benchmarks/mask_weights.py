@@ -1,6 +1,6 @@
 """Measure how far SpatialRGPT's sampled weights of regions are from exact areas, on the objects of a COCO file.
 
-    python benchmarks/mask_weights.py --instances ../shared/data/coco_photos/instances_dev.json
+    python benchmarks/mask_weights.py --instances data/nano/instances_dev.json
 
 Printed are medians by the object's size: the share of the weight that lies in other cells, altogether and against areas
 on a grid over the whole image, which leaves the sampling alone; how far the centre moves, in cells; and the share of

@@ -1,6 +1,6 @@
 """Measure a model on expressions, presence and small boxes of annotated images.
 
-    python benchmarks/nano_dev.py --data ../shared/data/coco_photos --detail careful --out nano_dev.json
+    python benchmarks/nano_dev.py --data data/nano --detail careful --out nano_dev.json
 
 - `locate by ...`: the one of five boxes that an expression fits, up to three times an image
 - `no match by ...`: among the same boxes, a class that is not in the image

@@ -1,6 +1,6 @@
 """Questions by POPE's rules about the images of an instances file, for ``regiongpt evaluate pope``.
 
-    python benchmarks/pope_questions.py --data ../shared/data/coco_photos --split dev --out runs/pope
+    python benchmarks/pope_questions.py --data data/nano --split dev --out runs/pope
 
 Writes ``coco_pope_random.json``, ``coco_pope_popular.json`` and ``coco_pope_adversarial.json`` in POPE's own format.
 """

@@ -1,6 +1,6 @@
 """Time training on this machine: packed against padded batches, waiting for data, and the share of the arithmetic.
 
-    python benchmarks/training.py --data ../shared/data/coco_photos --out training.json
+    python benchmarks/training.py --data data/nano --out training.json
 
 The model is the small one of the package, in its second stage; the conversations are those of its recipe about the
 photographs' annotations. The tower's features, which the recipe keeps in a file, are made up, in a file of that kind:

@@ -1,6 +1,6 @@
 """Train nano, from annotated images to a model that answers; run again after an interruption, it continues.
 
-    python recipes/nano/train.py --data.root ../shared/data/coco_photos --out runs/nano
+    python recipes/nano/train.py --data.root data/nano --out runs/nano
 
 Every setting of nano.toml can be overridden by its dotted name, as in --stage2.lr 5e-4. The steps, each skipped when
 its result is there:
