@@ -88,9 +88,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         )
         seen = self.store.row(index, number) if features is None else features
         example["vision_features"] = blurred(seen, self.blur, self.seed, 13, item)
-        example["region_classes"] = torch.tensor(
-            [COCO_80.index(name) for name in conversation.categories], dtype=torch.long
-        ).repeat_interleave(self.processor.tokens_per_region)
+        classes = [COCO_80.index(name) for name in conversation.categories]
+        example["region_classes"] = torch.tensor(classes, dtype=torch.long)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
         if self.store.crops is not None and conversation.objects:
             image = self.images[index].image_id

@@ -268,14 +268,14 @@ def sampler_of(
 def texts_of(config: NanoRecipe, images: Sequence[ImageAnnotations]) -> list[Text]:
     """What the language model reads."""
     drawn = sampler_of(config, images, READING_MIX)
-    return list(conversation_texts(images, drawn, _format_of(config.model), _grid_of(config.model), config.seed))
+    return list(conversation_texts(images, drawn, config.model.region_format, _grid_of(config.model), config.seed))
 
 
 def reading_of(config: NanoRecipe, texts: Sequence[Text], tokenizer: Any) -> "TextDataset":
     """The windows in which the language model reads them."""
     shape = config.model
     settings = (config.seed, config.language.epochs, shape.region_position > 0)
-    return TextDataset(texts, tokenizer, _format_of(shape), _grid_of(shape), *settings)
+    return TextDataset(texts, tokenizer, shape.region_format, _grid_of(shape), *settings)
 
 
 def tokenizer_of(texts: Sequence[Text], shape: NanoModelConfig) -> Any:
@@ -299,10 +299,6 @@ def language_of(shape: NanoModelConfig, tokenizer: Any) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _format_of(shape: NanoModelConfig) -> str:
-    return shape.region_format.replace(REGION_TOKEN, REGION_TOKEN * shape.region_grid**2)
 
 
 def _grid_of(shape: NanoModelConfig) -> tuple[int, int]:

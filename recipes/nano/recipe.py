@@ -16,9 +16,6 @@ NanoStep = Literal["language", "align", "stage1", "stage2"]
 
 RECIPE = Path(__file__).with_name("nano.toml")
 
-MOST_REGION_GRID = 4
-"""Largest ``region_grid`` whose regions fit into the windows of text that the language model reads."""
-
 SHORTEST_TEXT = 160
 """Fewest tokens that questions and answers need beside the image."""
 
@@ -75,11 +72,6 @@ class NanoModelConfig(ModelConfig):
             raise ValueError(f"hidden_size must be an even multiple of heads = {self.heads}, got {self.hidden_size}")
         if self.init or self.language:
             return self
-        if self.region_grid > MOST_REGION_GRID:
-            raise ValueError(
-                f"region_grid must be at most {MOST_REGION_GRID} if the recipe trains its own language model, got "
-                f"{self.region_grid}; give a trained one as model.language"
-            )
         # A grid of the tower's own has at least the cells of a stride of 32.
         cells = (self.image_grid or self.image_size // 32) ** 2
         if cells + SHORTEST_TEXT > self.max_length:

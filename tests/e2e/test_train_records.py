@@ -155,14 +155,14 @@ def test_a_start_of_another_shape_is_refused_with_every_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = ROOT / "configs" / "vicuna7b_stage2.toml"
-    made = debug_size(Recipe.load(recipe, [f"--out={tmp_path / 'made'}", "--model.region_grid=2"]))
+    made = debug_size(Recipe.load(recipe, [f"--out={tmp_path / 'made'}", "--model.image_marks=true"]))
     model = {"init": made.model.init, "vision": made.model.vision, "language": made.model.language, "image_size": 0}
     words = [f"--model.{name}={value}" for name, value in model.items()]
     words += [f"--data.mixture={made.data.mixture}", f"--out={tmp_path / 'run'}"]
     assert main(["train", str(recipe), *words, "--model.refinement=none"]) == 2
     error = capsys.readouterr().err
-    assert "refinement is deconv there and none here; region_grid is 2 there and 1 here; correct model.init" in error
-    assert main(["train", str(recipe), *words, "--model.region_grid=2", f"--model.vision={TOWER}"]) == 2
+    assert "refinement is deconv there and none here; image_marks is True there and False here; " in error
+    assert main(["train", str(recipe), *words, "--model.image_marks=true", f"--model.vision={TOWER}"]) == 2
     error = capsys.readouterr().err
     assert "vision.hidden_size is 32 there and 1152 here" in error
-    assert "region_grid" not in error
+    assert "image_marks" not in error

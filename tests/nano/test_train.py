@@ -155,7 +155,7 @@ def test_the_package_runs_the_script_beside_a_recipe(name, tmp_path):
         *("features.min_crop=0", "data.outline_share=-1", "data.mix.classify=nan", "data.mix.classify=1e9"),
         *("data.mix.dance=1", "data.split=", "model.layers=0", "model.heads=0", "model.heads=3", "model.hidden_size=0"),
         *("model.hidden_size=12", "model.mlp_size=0", "model.vocab_size=10", "model.comparing_layers=-1"),
-        *("model.max_length=8", "model.image_grid=32", "model.region_grid=5"),
+        *("model.max_length=8", "model.image_grid=32"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_its_name(word):

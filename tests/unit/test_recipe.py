@@ -26,7 +26,7 @@ NEW = ["--model.language=a", "--data.mixture=m", "--data.pretrain_mixture=p"]
         *("stage1.batch_size=9", "stage1.micro_batch_size=0", "stage1.warmup_ratio=1", "stage1.save_steps=0"),
         *("seed=-1", "seed=1.5", "seed.a=1", "seed=99999999999", "steps=stage3", "out=", "out=a\0b"),
         *("engine.precision=fp8", "engine.sharding=none", "engine.workers=-1", "watch.keep=0"),
-        *("model.image_size=-32", "model.refinement=cubic", "model.region_grid=17", "model.vision="),
+        *("model.image_size=-32", "model.refinement=cubic", "model.vision="),
         *("plan.gpu=a100", "plan.gpus=0"),
         *("lora.rank=-1", "lora.alpha=0", "lora.dropout=1"),
     ],

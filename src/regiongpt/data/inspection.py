@@ -184,7 +184,7 @@ def encode(record: Record, processor: "RegionGPTProcessor", seed: int, index: in
     """The tokens and targets of a record in the first epoch, without the image and the regions' pixels."""
     return processor.encode_conversation(
         record.messages(seed, 0, index),
-        region_weights=np.zeros((len(record.regions) * processor.tokens_per_region, 1, 1), np.float32),
+        region_weights=np.zeros((len(record.regions), 1, 1), np.float32),
         with_image=bool(record.image),
     )
 

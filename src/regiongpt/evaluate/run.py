@@ -237,10 +237,10 @@ def answer_image(
         except RegionError as error:
             found.append({"refused": str(error)})
     engine = predictor.engine
-    scene, rows = engine.encode_image(photo), engine.processor.tokens_per_region
+    scene = engine.encode_image(photo)
     inside = [k for k, own in enumerate(found) if not own]
     pooled = engine.pool(scene, [region for k in inside for region in items[k].regions], detail)
-    parts = torch.split(pooled, [rows * len(items[k].regions) for k in inside]) if inside else ()
+    parts = torch.split(pooled, [len(items[k].regions) for k in inside]) if inside else ()
     features = dict(zip(inside, parts, strict=True))
 
     prompts = {}

@@ -79,7 +79,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
     begun, head = processor.split_begin(head)
     counts = {
         processor.image_token_id: processor.num_image_tokens,
-        processor.region_token_id: processor.tokens_per_region,
+        processor.region_token_id: 1,
     }
     written = [processor.write_citations(answer, messages[-1]["content"]) for answer in answers]
     texts = [head + processor.plain_words(answer) + tails[0] for answer in written]
@@ -92,7 +92,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
 
 @torch.inference_mode()
 def log_likelihoods(engine: Engine, scene: Scene, closed: ClosedSet, pooled: Sequence[Tensor]) -> Tensor:
-    """Log likelihood (B, A) of every answer, its end included, for each of B sets of region features (R * K, D)."""
+    """Log likelihood (B, A) of every answer, its end included, for each of B sets of region features (R, D)."""
     scores_BA = torch.empty((len(pooled), len(closed.paths)), dtype=torch.float64)
     budget = max(1, min(TOKENS, LOGITS // int(engine.model.config.get_text_config().vocab_size)))
     lengths = [len(path) - 1 for path in closed.paths]  # tokens to run: the first is predicted by the prompt
@@ -140,10 +140,10 @@ def _behind(engine: Engine, prefixes: Sequence[Prefix], paths: Sequence[Sequence
 def answer_scores(
     engine: Engine, scene: Scene, messages: Sequence[Turn], pooled: Sequence[Tensor], answers: Sequence[str]
 ) -> Tensor:
-    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R * K, D)."""
+    """Log likelihoods (B, A) of answers to one question for each of B sets of region features (R, D)."""
     if not pooled:
         return torch.empty((0, len(answers)))
-    closed = closed_set(engine, messages, len(pooled[0]) // engine.processor.tokens_per_region, answers)
+    closed = closed_set(engine, messages, len(pooled[0]), answers)
     return log_likelihoods(engine, scene, closed, pooled)
 
 
@@ -183,7 +183,7 @@ class Located:
 def locate_expressions(
     engine: Engine, scene: Scene, pooled: Sequence[Tensor], expressions: Sequence[str], by: By
 ) -> list[Located]:
-    """Implements :meth:`RegionPredictor.locate` for checked arguments and the features (K, D) of each region."""
+    """Implements :meth:`RegionPredictor.locate` for checked arguments and the features (1, D) of each region."""
     numbers = range(1, len(pooled) + 1)
     answers = [*map(region_answer, numbers), NO_MATCH]
     asked = [question("locate", regions=numbers, expression=each) for each in expressions if by != "words"]

@@ -92,7 +92,7 @@ class Prompt:
 
     ids: list[int]  # tokens of the conversation up to the answer
     rows: list[int]  # for each region token in them its row of ``pooled``
-    pooled: Tensor  # region features (R * K, D)
+    pooled: Tensor  # region features (R, D)
     n_regions: int
     room: int  # how many tokens the answer may have
     question: str = ""  # the last one, whose regions the answer names
@@ -137,7 +137,7 @@ class Engine:
 
     @torch.inference_mode()
     def pool(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> Tensor:
-        """Region features (R * K, D), a region's K rows one after the other."""
+        """Region features (R, D)."""
         self.processor.check_detail(detail)
         pooled = []
         for start in range(0, len(regions) or 1, POOLED):
@@ -160,13 +160,13 @@ class Engine:
         return torch.stack([scene.crops[place] for place in places])[None]
 
     def pool_each(self, scene: Scene, regions: Sequence[Region], detail: Detail = "fast") -> list[Tensor]:
-        """Features (K, D) of each region by itself."""
-        return list(torch.split(self.pool(scene, regions, detail), self.processor.tokens_per_region)) if regions else []
+        """Features (1, D) of each region by itself."""
+        return list(torch.split(self.pool(scene, regions, detail), 1)) if regions else []
 
     def encode_text(self, messages: Sequence[Turn], n_regions: int) -> Any:
         """Token ids, and what goes with them, of a conversation that awaits an answer."""
         # The features are pooled here, so the processor only needs to know how many regions there are.
-        blank = torch.zeros((n_regions * self.processor.tokens_per_region, 1, 1))
+        blank = torch.zeros((n_regions, 1, 1))
         return self.processor.encode_conversation(messages, region_weights=blank, add_generation_prompt=True)
 
     def prompt(

@@ -572,12 +572,9 @@ def cache_argument(language_model: Any) -> str:
 
 
 def number_ids(input_ids: Tensor, region_token_id: int, offset: int) -> Tensor:
-    """The token ``offset`` places before each region of (..., T), or before the first of its tokens: (K,)."""
-    is_region = input_ids == region_token_id
+    """The token ``offset`` places before each region of (..., T): (K,)."""
     places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
-    begins = is_region & ~F.pad(is_region[..., :-1], (1, 0))
-    begun = torch.where(begins, places, 0).cummax(-1).values
-    return input_ids.gather(-1, (begun - offset).clamp_min(0))[is_region]
+    return input_ids.gather(-1, (places - offset).clamp_min(0))[input_ids == region_token_id]
 
 
 def _region_rows(region_BT: Tensor, region_ids: Tensor, regions: int) -> tuple[Tensor, Tensor]:

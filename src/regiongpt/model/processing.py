@@ -78,7 +78,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         pad_fill: ``[r, g, b]``, 0 to 255, for the padding around the image; the image processor's mean by default.
         chat_template: a key of :data:`regiongpt.prompts.CHAT_TEMPLATES`, by default the tokenizer's family's, or jinja
             with ``generation`` blocks.
-        region_grid: side of the square grid of embeddings that a region becomes; 1 in the paper.
         region_boxes: put each region's box below its weights, for a model with ``region_position``.
         crop_size: side in pixels of a region's own crop, for a model with ``region_crop``; 0 for any other.
         framing: how an image becomes a square: ``pad``, as in the paper, or ``stretch``.
@@ -102,7 +101,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         region_format: str = REGION_TOKEN,
         pad_fill: Sequence[int] | None = None,
         chat_template: str | None = None,
-        region_grid: int = 1,
         region_boxes: bool = False,
         crop_size: int = 0,
         framing: str = "pad",
@@ -119,15 +117,14 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         ):
             if value not in known:
                 raise ConfigError(f"{name}: expected {' or '.join(known)}, got {short(value)}")
-        if mask_weights == "sampled" and (framing, region_grid) != ("stretch", 1):
-            raise ConfigError("mask_weights: sampled ones go with framing stretch and region_grid 1; give exact")
+        if mask_weights == "sampled" and framing != "stretch":
+            raise ConfigError("mask_weights: sampled ones go with framing stretch; give exact")
         missing = [token for token in (IMAGE_TOKEN, REGION_TOKEN) if token not in tokenizer.get_added_vocab()]
         if missing:
             raise ConfigError(f"the tokenizer lacks {' and '.join(missing)}; call prepare_tokenizer on it first")
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.refined_grid = list(refined_grid)
-        self.region_format, self.region_grid = region_format, region_grid
-        self.region_boxes, self.crop_size = region_boxes, crop_size
+        self.region_format, self.region_boxes, self.crop_size = region_format, region_boxes, crop_size
         self.framing, self.seen_size = framing, image_size if seen_size is None else seen_size
         self.mask_weights, self.citations = mask_weights, citations
         mean = getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
@@ -160,11 +157,6 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         ids = {int(encoded["labels"][encoded["labels"] != IGNORED][-1])}
         return sorted(ids | ({self.tokenizer.eos_token_id} - {None}))
 
-    @property
-    def tokens_per_region(self) -> int:
-        """How many tokens, and so rows of region weights, one region takes."""
-        return self.region_grid**2
-
     def split_begin(self, text: str) -> tuple[list[int], str]:
         """The begin token of a text as an id, and the rest of the text."""
         begin = self.tokenizer.bos_token  # behind which, as text, some tokenizers leave out a blank
@@ -188,7 +180,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         return SquareFrame(*picture.size).pad(picture, fill=(red, green, blue))
 
     def region_inputs(self, regions: Sequence[Any], width: int, height: int, first: int = 1) -> torch.Tensor:
-        """Pooling weights (R * K, gh, gw) of regions on the refined grid, each summing to 1. Paper: §3.1.
+        """Pooling weights (R, gh, gw) of regions on the refined grid, each summing to 1. Paper: §3.1.
 
         With ``region_boxes`` there is one row more, which begins with the box: x0, y0, x1, y1 as shares of the image's
         width and height. Messages number regions from ``first`` on.
@@ -206,10 +198,8 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 weights[row] = found.pool_weights(frame, rows, columns, name)
             if self.region_boxes:
                 boxes[row, 0, :4] = np.divide(found.bounds(width, height), (width, height) * 2)
-        if self.region_grid > 1 and len(weights):
-            weights = np.concatenate([_split_weights(each, self.region_grid) for each in weights])
         if self.region_boxes:
-            weights = np.concatenate([weights, boxes.repeat(self.tokens_per_region, 0)], 1)
+            weights = np.concatenate([weights, boxes], 1)
         return torch.from_numpy(weights)
 
     def crop_inputs(self, picture: Image.Image, regions: Sequence[Any]) -> torch.Tensor:
@@ -295,7 +285,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             if len(regions) and image_size is None:
                 raise DataError("regions need the size of their image; give image or image_size as (width, height)")
             region_weights = self.region_inputs(regions, *(image_size or (1, 1)))
-        n_regions = len(region_weights) // self.tokens_per_region
+        n_regions = len(region_weights)
         turns = self._turns(messages, with_image, n_regions if add_generation_prompt else None)
         notes = prompts.check_placeholders([turn["content"] for turn in turns], n_regions)
         region_ids: list[int] = []
@@ -335,8 +325,7 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
                 columns[name] = pad_sequence([item[name] for item in encoded], True, value)
             crops = next((item["region_crops"] for item in encoded if "region_crops" in item), None)
             if crops is not None:
-                rows = [len(item["region_weights"]) // self.tokens_per_region for item in encoded]
-                blank = [crops.new_zeros(n, *crops.shape[1:]) for n in rows]
+                blank = [crops.new_zeros(len(item["region_weights"]), *crops.shape[1:]) for item in encoded]
                 each = [item.get("region_crops", none) for item, none in zip(encoded, blank, strict=True)]
                 columns["region_crops"] = pad_sequence(each, True)
         for name in ("pixel_values", "vision_features"):
@@ -463,19 +452,17 @@ class RegionGPTProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         cut = len(text) - len(rest)
         places = [(0, cut)] * len(begun) + [(start + cut, end + cut) for start, end in encoding["offset_mapping"]]
         # An embedding stands in place of these, which no word can predict; expanding ids spares the tokenizer hundreds.
-        counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: self.tokens_per_region}
+        counts = {self.image_token_id: self.num_image_tokens, self.region_token_id: 1}
         expanded, labels = [], []
         for token, (start, end) in zip(ids, places, strict=True):
             is_target = token not in counts and any(start < b and end > a for a, b in spans)
             count = counts.get(token, 1)
             expanded += [token] * count
             labels += [token if is_target else IGNORED] * count
-        rows = range(self.tokens_per_region)
-        region_rows = [region * len(rows) + row for region in region_ids for row in rows]
         return {
             "input_ids": torch.tensor(expanded),
             "labels": torch.tensor(labels),
-            "region_ids": torch.tensor(region_rows, dtype=torch.long),
+            "region_ids": torch.tensor(region_ids, dtype=torch.long),
         }
 
 
@@ -495,22 +482,6 @@ def sampled_weights(mask: NDArray[np.bool_], side: int, grid: tuple[int, int]) -
     square = torch.from_numpy(mask[np.ix_(rows, columns)]).float()[None, None]
     points = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)[0, 0]
     return (points / (points.sum() + 1e-8)).numpy()
-
-
-def _split_weights(weights_HW: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """A region's weights in each cell of a square grid over it, (parts * parts, H, W), the whole for an empty one."""
-    overlaps = []
-    for axis in (1, 0):
-        touched = np.flatnonzero(weights_HW.any(axis=axis))
-        edges = np.linspace(touched[0], touched[-1] + 1, parts + 1)
-        cells = np.arange(weights_HW.shape[1 - axis])
-        covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
-        overlaps.append(covered.clip(0, 1))
-    rows, columns = overlaps
-    split = weights_HW * rows[:, None, :, None] * columns[None, :, None, :]
-    split = split.reshape(parts * parts, *weights_HW.shape)
-    sums = split.sum((1, 2), keepdims=True)
-    return np.where(sums > 0, split / np.where(sums > 0, sums, 1), weights_HW).astype(np.float32)
 
 
 def expand_regions(text: str, region_format: str) -> tuple[str, list[int]]:

@@ -136,7 +136,6 @@ def create(
     *,
     chat_template: str | None = None,
     region_format: str = REGION_TOKEN,
-    region_grid: int = 1,
     region_numbers: bool = False,
     dtype: torch.dtype | None = None,
     **shape: Any,
@@ -164,7 +163,7 @@ def create(
         known_template(chat_template)
     tower, image_processor = load_tower(str(vision), shape.get("image_size"))
     language_model = _pretrained(AutoModelForCausalLM, language, only_part=True, dtype=dtype)
-    processing = {"chat_template": chat_template, "region_format": region_format, "region_grid": region_grid}
+    processing = {"chat_template": chat_template, "region_format": region_format}
     return _save(*_join(tower, language_model, image_processor, language, processing, region_numbers, **shape), out)
 
 

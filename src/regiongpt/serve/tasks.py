@@ -35,7 +35,6 @@ class Tasks:
 
     def __init__(self, engine: Engine, options: ServeOptions, pictures: Pictures, name: str) -> None:
         self.engine, self.options, self.pictures, self.name = engine, options, pictures, name
-        self._rows = engine.processor.tokens_per_region
         self._nothing = engine.model.connector.mean.new_empty(0)  # in place of the features, which come later
 
     def chat(self, request: schema.ChatRequest, client: str) -> Ticket:
@@ -87,7 +86,7 @@ class Tasks:
         read = len(prompt.ids) * len(request.regions)
 
         def task(scene: Scene, pooled: Tensor) -> Iterator[Ask]:
-            for place, features in enumerate(torch.split(pooled, self._rows)):
+            for place, features in enumerate(torch.split(pooled, 1)):
                 ready = replace(prompt, pooled=features, repeated=len(request.regions) > 1)
                 yield Ask(place=place, prompt=ready, job=self.engine.job(scene, ready, options))
 
@@ -112,7 +111,7 @@ class Tasks:
         closed_set(self.engine, turns, 1, names)  # makes it ready; what is too long is known at once
 
         def task(scene: Scene, pooled: Tensor) -> Iterator[Result]:
-            each = torch.split(pooled, self._rows)
+            each = torch.split(pooled, 1)
             for start in range(0, len(each), SCORED):
                 scores_BA = answer_scores(self.engine, scene, turns, each[start : start + SCORED], names)
                 for place, scores_A in enumerate(scores_BA, start):
@@ -138,9 +137,7 @@ class Tasks:
 
         def task(scene: Scene, pooled: Tensor) -> Iterator[Result]:
             for place, expression in enumerate(expressions):
-                (found,) = locate_expressions(
-                    self.engine, scene, torch.split(pooled, self._rows), [expression], request.by
-                )
+                (found,) = locate_expressions(self.engine, scene, torch.split(pooled, 1), [expression], request.by)
                 shares = {"probability": found.probability, "probabilities": list(found.probabilities)}
                 yield place, {"expression": expression, "number": found.number, "answer": found.text, **shares}
 

@@ -47,7 +47,7 @@ Result = tuple[int, Any]
 Event = tuple[str, Any]
 """Events of a request: ("piece", text), ("result", Result), at the end ("done", None) or ("error", exception)."""
 Task = Callable[[Scene, Tensor], Iterator[Ask | Result]]
-"""What a request does with the encoded image and its regions' features (R * K, D)."""
+"""What a request does with the encoded image and its regions' features (R, D)."""
 
 
 @dataclass(eq=False)
@@ -56,7 +56,7 @@ class Ticket:
 
     client: str
     picture: Picture
-    weights: Tensor  # (R * K, gh, gw), the regions' pooling weights
+    weights: Tensor  # (R, gh, gw), the regions' pooling weights
     boxes: list[Region] | None  # what a second look is taken at
     task: Task
     respond: Callable[[list[Any]], dict[str, Any]]  # makes the answer of all results

@@ -97,9 +97,7 @@ class ModelConfig(Settings):
     image_grid: int = Field(0, ge=0, le=2**10)
     """Side of the square grid of image tokens; 0 for the tower's own grid."""
     region_format: str = "<region>"
-    """Replacement of ``<regionN>``: ``{n}`` is its number, ``<region>`` its embeddings."""
-    region_grid: int = Field(1, ge=1, le=16)
-    """Side of the square grid of embeddings per region; the paper has one embedding."""
+    """Replacement of ``<regionN>``: ``{n}`` is its number, ``<region>`` its embedding."""
     region_numbers: bool = False
     """Add the word embedding of a region's number to the region's embedding."""
     image_marks: bool = False

@@ -180,7 +180,7 @@ def create_start(shape: ModelConfig, language: str | Path, folder: Path, images:
     """
     if (folder / "config.json").exists():
         return
-    same = {"region_format", "region_grid", "region_numbers", "image_marks"}
+    same = {"region_format", "region_numbers", "image_marks"}
     # A language model that the recipe has trained itself knows the plain template.
     template = (shape.chat_template or None) if shape.language else "plain"
     options = {**_shape_options(shape), **shape.model_dump(include=same)}
@@ -222,7 +222,7 @@ def check_shape(shape: ModelConfig, folder: Path) -> None:
     pairs["image_marks"] = there.image_marks, shape.image_marks
     pairs["region_numbers"] = bool(there.region_number_offset), shape.region_numbers
     described = read_json(folder / "processor_config.json", CheckpointError)
-    pairs |= {name: (described.get(name), getattr(shape, name)) for name in ("region_grid", "region_format")}
+    pairs["region_format"] = described.get("region_format"), shape.region_format
     for part, kind in (("vision", "vision_config"), ("language", "text_config")):
         for name in _OF_PARTS:
             ours, theirs = (getattr(getattr(each, kind), name, None) for each in (there, here))
