@@ -24,7 +24,6 @@ from regiongpt.evaluate.task import Answer, Item, RunOptions, Task, listed
 from regiongpt.images import load_image
 from regiongpt.storage import (
     Store,
-    check_checkpoint,
     digest,
     finite,
     locked,
@@ -139,7 +138,6 @@ def _find_model(options: RunOptions, processes: Processes) -> tuple[dict[str, An
         how = {"baseline": family, "region_as": options.region_as, "drawing": sha256(drawing)}
         identity = {**model_identity(path, *place, how), "batch_size": options.batch_size}
         return identity, partial(other.VisionLanguageModel, path, "--baseline", device, dtype)
-    check_checkpoint(path)
     load = partial(RegionPredictor.from_pretrained, path, device=device, dtype=dtype, untrained=options.untrained)
     return model_identity(path, *place, {"detail": options.detail}), load
 

@@ -16,6 +16,7 @@ from regiongpt.data.shards import Rejects, many
 from regiongpt.drawing import Rows
 from regiongpt.errors import DataError
 from regiongpt.evaluate.bootstrap import Sampled, Statistic, resample
+from regiongpt.inference.options import Look, ModelOptions
 from regiongpt.regions import Region
 from regiongpt.settings import Settings
 from regiongpt.storage import digest, finite
@@ -273,21 +274,11 @@ def listed(values: Sequence[object], most: int = 5) -> str:
     return f"{shown} and {len(values) - most} more" if len(values) > most else shown
 
 
-class RunOptions(Settings):
+class RunOptions(ModelOptions, Look):
     """Options of a run, for all tasks."""
 
     out: Path | None = None
     """Folder of the results; run the same command again to resume."""
-    model: Path | None = None
-    """Checkpoint folder; default: nano."""
-    device: str | None = None
-    """cuda, mps or cpu; default: the first available."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32; or int8 for the language model."""
-    untrained: bool = False
-    """Allow a checkpoint that has not been trained."""
-    detail: Literal["fast", "careful"] = "fast"
-    """fast, or careful: also encode each region's own crop, if the model was trained for it."""
     baseline: Path | None = None
     """Folder of another vision-language model of transformers, asked instead."""
     region_as: Literal["outline", "coordinates", "crop"] | None = None

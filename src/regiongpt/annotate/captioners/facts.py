@@ -9,7 +9,7 @@ from regiongpt.annotate.captioners import Captioner, Reply, Request
 from regiongpt.annotate.options import Options
 from regiongpt.annotate.plan import WORDING, draw
 from regiongpt.data.coco import ImageAnnotations, ObjectAnnotation
-from regiongpt.data.facts import View, colours_of, noun, place_name, plural, size_name, with_article
+from regiongpt.data.facts import SIZED, View, colours_of, noun, place_name, plural, size_name, with_article
 from regiongpt.data.records import RecordRegion
 
 
@@ -40,7 +40,7 @@ class Facts(Captioner):
         a, openings = with_article(noun(each.category, colour)), WORDING["facts"]["openings"]
         opening = openings[draw(self.seed, repr(each.box), len(openings))]
         opened = opening.format(a=a, A=a[0].upper() + a[1:], place=f" {place} of the image" if place else "")
-        return f"{opened} {WORDING['facts']['sizes'][size]}"
+        return f"{opened} {SIZED[size]}"
 
 
 def _object(number: int, each: RecordRegion, size: tuple[int, int]) -> ObjectAnnotation:
