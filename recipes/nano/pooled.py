@@ -98,4 +98,5 @@ def train_pooled(model: Any, words: ClassWords, pooled: Pooled, config: StageCon
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         if step % 100 == 99:
-            log.info("alignment: step %d of %d on pooled features, loss %.3f", step + 1, steps, loss / len(taken))
+            mean = float(loss.detach()) / len(taken)
+            log.info("alignment: step %d of %d on pooled features, loss %.3f", step + 1, steps, mean)

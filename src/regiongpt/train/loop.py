@@ -4,11 +4,12 @@ However a run is spread or interrupted, step k takes the same items, its loss is
 step divided by their number, and every trained parameter has a gradient in every process.
 """
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -35,6 +36,16 @@ log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, dict[str, Any], Any], Tensor]
 """Takes a model, a batch, and the number of target tokens in the whole optimiser step."""
+
+
+@contextmanager
+def without_old_garbage() -> Iterator[None]:
+    """Keep what is in memory now out of garbage collections: records by the million took a fifth of a packed step."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def decisive_settings(config: StageConfig) -> dict[str, Any]:
@@ -107,6 +118,7 @@ class Loop:
                 self.module = DistributedDataParallel(self.module)
         self.optimizer = make_optimizer(model, config)
 
+    @without_old_garbage()
     def run(self) -> Self:
         """Train from the newest checkpoint, or from the first step, to the last.
 

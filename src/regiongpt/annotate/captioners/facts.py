@@ -35,7 +35,8 @@ class Facts(Captioner):
             *some, last = [f"at least {n} {plural(name)}" if n > 1 else with_article(noun(name)) for n, name in groups]
             return f"The image shows {', '.join(some)}{' and ' if some else ''}{last}."
         each = next(each for each in view.objects if each.id == request.number)
-        place, size = (named(each.box, view.width, view.height) for named in (place_name, size_name))
+        place = place_name(each.box, view.width, view.height)
+        size = size_name(each.box, view.width, view.height)
         colour = colours.get(each.id, "") if request.regions[request.number].category else ""
         a, openings = with_article(noun(each.category, colour)), WORDING["facts"]["openings"]
         opening = openings[draw(self.seed, repr(each.box), len(openings))]
