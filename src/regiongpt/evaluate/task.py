@@ -295,7 +295,7 @@ class RunOptions(ModelOptions, Look):
     """Replace existing results in --out."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_model(self) -> Self:
         ours, others = ["model", "untrained", "detail"], ["region_as", "batch_size"]
         refused, why = others, "only with --baseline"
         if self.predictions:
@@ -305,4 +305,5 @@ class RunOptions(ModelOptions, Look):
         for name in refused:
             if name in self.model_fields_set:
                 raise ValueError(f"--{name.replace('_', '-')}: {why}; leave it out")
+        super()._check_model()  # type: ignore[operator]  # pydantic leaves the plain method
         return self
