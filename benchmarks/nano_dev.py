@@ -47,10 +47,9 @@ Rows = dict[str, list[tuple[int, bool, str]]]
 
 
 def expressions(
-    rng: np.random.Generator, image: ImageAnnotations, colours: Mapping[int, str]
+    rng: np.random.Generator, view: View, colours: Mapping[int, str]
 ) -> Iterator[tuple[list[Region], str, int]]:
     """Boxes, an expression, and the place of the one box that it fits."""
-    view = View(image)
     for _ in range(3 if len(view.askable) >= AMONG else 0):
         options = [view.askable[k] for k in rng.permutation(len(view.askable))[:AMONG]]
         target = int(rng.integers(AMONG))
@@ -79,7 +78,7 @@ def measure(predictor: RegionPredictor, images: Sequence[ImageAnnotations], deta
         photo, view = load_image(image.path), View(image)
         predictor.set_image(photo)
         rng, others = (np.random.default_rng((seed, index, *more)) for more in ((), (1,)))
-        for regions, expression, target in expressions(rng, image, colours_of(image, photo)):
+        for regions, expression, target in expressions(rng, view, colours_of(image, photo)):
             absent = statistics.absent(others, view, "common")
             asked = [expression, *([f"the {noun(absent)}"] if absent else [])]
             for by in get_args(By):

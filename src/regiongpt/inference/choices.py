@@ -77,10 +77,7 @@ def _wholes(engine: Engine, messages: Sequence[Turn], answers: Sequence[str]) ->
     if len(tails) != 1:
         raise ConfigError("closed-set scoring needs a chat template that writes an answer once and unchanged")
     begun, head = processor.split_begin(head)
-    counts = {
-        processor.image_token_id: processor.num_image_tokens,
-        processor.region_token_id: 1,
-    }
+    counts = {processor.image_token_id: processor.num_image_tokens}
     written = [processor.write_citations(answer, messages[-1]["content"]) for answer in answers]
     texts = [head + processor.plain_words(answer) + tails[0] for answer in written]
     stops, wholes = set(processor.stop_token_ids), []
