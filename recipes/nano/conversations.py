@@ -69,7 +69,7 @@ NO_MATCH_SHARE = 0.15
 MOST_ASKED = 5
 # How the absent classes of presence questions are drawn. A class is asked for in vain about as often as it is there:
 # from absent ones drawn evenly it learned that whatever is common is there.
-ABSENT = ("tempting", "common", "any")
+ABSENT = ("tempting", "common", "any", "tempting", "common")
 # Without the suffix that asks for a category name, the answer is a sentence (paper Figure 1).
 FREE_SHARE = 0.15
 JITTER = 0.06
