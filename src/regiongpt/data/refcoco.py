@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from regiongpt.data.coco import InstancesFile, ObjectAnnotation, is_crowd
 from regiongpt.data.reading import (
@@ -201,6 +201,8 @@ class RefCocoConverter(Converter):
     """Most regions to choose among."""
     no_match_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of questions without the correct region among the choices."""
+    seed: NonNegativeInt = 0
+    """Random seed."""
     check_images: bool = True
     """Skip images that are missing or have another size."""
 

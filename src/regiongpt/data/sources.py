@@ -62,8 +62,6 @@ class Converter(Settings, ABC):
 
     images: Path
     """Folder of the images."""
-    seed: NonNegativeInt = 0
-    """Random seed."""
 
     @abstractmethod
     def records(self, rejects: Rejects) -> Iterator[Record]:
@@ -190,6 +188,8 @@ class InstancesConverter(Converter):
     """Name of the closed set in the question."""
     boxes_per_category: NonNegativeInt = 0
     """Most objects per category, sampled over all files; 0 for all."""
+    seed: NonNegativeInt = 0
+    """Random seed."""
     objects_per_record: NonNegativeInt = 20
     """Most objects per conversation; the rest go to further ones; 0 for no limit."""
     shapes: Shapes = "box"

@@ -96,6 +96,8 @@ class VisualGenomeConverter(Converter):
     """relationships.json, to also ask about relations."""
     boxes_per_image: NonNegativeInt = 10
     """Most boxes per image, sampled; 0 for all."""
+    seed: NonNegativeInt = 0
+    """Random seed."""
     check_images: bool = True
     """Skip images that are missing or have another size."""
 

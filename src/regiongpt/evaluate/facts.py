@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import (
@@ -60,6 +61,8 @@ class Facts(Task):
 
     split: str = "dev"
     """instances_SPLIT.json in the folder, with images/."""
+    seed: int = Field(default=0, ge=0)
+    """Random seed."""
 
     @cached_property
     def _images(self) -> dict[int, ImageAnnotations]:

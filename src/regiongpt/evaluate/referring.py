@@ -93,6 +93,8 @@ class RefCocogRec(RefCocogTask):
     """JSON array of detections: image_id, bbox (x, y, w, h), score."""
     top: int = Field(default=20, ge=0)
     """Most proposals per image, the best by score; 0 for all."""
+    seed: int = Field(default=0, ge=0)
+    """Random seed."""
 
     def inputs(self) -> list[Path]:
         """Expressions, objects and proposals."""

@@ -102,8 +102,6 @@ class Task(Settings, ABC):
     """Folder of the data set with the files below."""
     limit: int = Field(default=0, ge=0)
     """Use only the first N images; 0 for all."""
-    seed: int = Field(default=0, ge=0)
-    """Random seed."""
 
     @abstractmethod
     def inputs(self) -> list[Path]:
