@@ -365,3 +365,16 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert cli.main(ASK) == 141
     assert len(redirected) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "coco_cls", "--data", ".", "--out", "runs"],
+        ["evaluate", "pope", "--data", ".", "--images", ".", "--out", "runs"],
+        ["convert", "llava", "--data", "a.json", "--images", ".", "--out", "records"],
+    ],
+)
+def test_a_seed_is_refused_where_nothing_is_drawn(words, capsys):
+    assert cli.main([*words, "--seed", "1"]) == 2
+    assert "unrecognized arguments: --seed 1" in capsys.readouterr().err
