@@ -173,7 +173,7 @@ def test_by_mouse_draw_ask_reload_and_take_away(visit, tmp_path):
         document.querySelector('.answer').textContent.length)).observe(log, {childList: true, subtree: true}); }""")
     seen.page.keyboard.type(" a cat?")
     seen.press("Enter")
-    assert "cat" in seen.answers()[0]
+    assert seen.answers()[0] == "Yes, it is a cat."
     assert seen.page.evaluate("lengths.size") >= 2  # The empty answer, then what was streamed.
     seen.ask("Where is <region2>?")
     answers = seen.answers()
