@@ -165,15 +165,15 @@ def test_by_mouse_draw_ask_reload_and_take_away(visit, tmp_path):
     seen.click((0.36, 0.4))
     assert seen.regions == ALL
     seen.tool("select")
-    seen.page.fill("#text", "Is ")
+    seen.page.fill("#text", "What is ")
     seen.click((0.2, 0.9))
-    assert seen.page.input_value("#text") == "Is <region1>"
+    assert seen.page.input_value("#text") == "What is <region1>"
     seen.page.locator("#text").press("End")
     seen.page.evaluate("""() => { window.lengths = new Set(); new MutationObserver(() => lengths.add(
         document.querySelector('.answer').textContent.length)).observe(log, {childList: true, subtree: true}); }""")
-    seen.page.keyboard.type(" a cat?")
+    seen.page.keyboard.type("? Answer the question using COCO-80 category names.")
     seen.press("Enter")
-    assert seen.answers()[0] == "Yes, it is a cat."
+    assert "cat" in seen.answers()[0]
     assert seen.page.evaluate("lengths.size") >= 2  # The empty answer, then what was streamed.
     seen.ask("Where is <region2>?")
     answers = seen.answers()
@@ -188,7 +188,8 @@ def test_by_mouse_draw_ask_reload_and_take_away(visit, tmp_path):
     assert seen.page.locator("#image").evaluate("image => image.naturalWidth") == Image.open(CAT).width
 
     whole = seen.save("json")
-    assert [turn["question"] for turn in whole["conversation"]] == ["Is <region1> a cat?", "Where is <region2>?"]
+    first = "What is <region1>? Answer the question using COCO-80 category names."
+    assert [turn["question"] for turn in whole["conversation"]] == [first, "Where is <region2>?"]
     kinds = ("box", "polygon", "scribble", "point", "radius", "width")
     given = [Region.from_dict({key: row[key] for key in kinds if key in row}) for row in whole["regions"]]
     size = Image.open(CAT).size
