@@ -21,7 +21,7 @@ from stamp import stamp
 from regiongpt import Question, Region, RegionPredictor
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
 from regiongpt.data.facts import View, colours_of, noun
-from regiongpt.environment import progress, progress_shown
+from regiongpt.environment import keep_freed_memory, progress, progress_shown
 from regiongpt.errors import RegionGPTError
 from regiongpt.evaluate.bootstrap import mean_statistic, resample
 from regiongpt.evaluate.pope import read_answer
@@ -30,7 +30,6 @@ from regiongpt.inference.options import By, Detail
 from regiongpt.model import weights
 from regiongpt.prompts import question
 from regiongpt.storage import finite, write_json
-from regiongpt.train.stages import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
 

@@ -31,7 +31,7 @@ from many_regions import measure_machine
 from stamp import stamp
 
 from regiongpt.data.coco import ImageAnnotations, load_coco, photo_sources
-from regiongpt.environment import progress, progress_shown
+from regiongpt.environment import keep_freed_memory, progress, progress_shown
 from regiongpt.model import weights
 from regiongpt.storage import finite, write_json
 from regiongpt.train.dataset import DataCollator
@@ -39,7 +39,6 @@ from regiongpt.train.loop import Loop, targets_in
 from regiongpt.train.packing import PackedCollate, attend_in_units
 from regiongpt.train.plan import costs_of
 from regiongpt.train.recipe import EngineConfig, StageConfig
-from regiongpt.train.stages import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "nano"))
 

@@ -22,12 +22,11 @@ from recipe import FeatureConfig
 
 from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import View, colours_of
-from regiongpt.environment import progress
+from regiongpt.environment import keep_freed_memory, progress
 from regiongpt.errors import DataError
 from regiongpt.images import load_image
 from regiongpt.regions import Region
 from regiongpt.storage import digest, read_json, reason, write_json, writing
-from regiongpt.train.stages import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import regiongpt
-from regiongpt.environment import progress_shown, quiet_libraries, tell
+from regiongpt.environment import keep_freed_memory, progress_shown, quiet_libraries, tell
 from regiongpt.errors import ConfigError, RegionGPTError, naming
 from regiongpt.inference.options import (
     REGION_OPTIONS,
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not verb:
                 _top().parse_args(arguments)
                 return 0
+            keep_freed_memory()
             summary, run = VERBS[verb]
             code = run(_Parser(prog=f"regiongpt {verb}", description=f"{summary}."), arguments[1:])
         sys.stdout.flush()

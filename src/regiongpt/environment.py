@@ -4,6 +4,7 @@ Nothing here imports PyTorch before it is needed; a single process is not connec
 """
 
 import atexit
+import ctypes
 import gc
 import os
 import platform
@@ -29,6 +30,15 @@ T = TypeVar("T")
 
 PATIENCE: Final = timedelta(days=7)
 """How long processes wait for the slowest; PyTorch's default is too short for unequal shares of work."""
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: activations are otherwise mapped anew for every layer."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def launched() -> int:

@@ -137,6 +137,16 @@ def test_a_shared_prefix_gives_the_logits_of_plain_passes(name):
     walk(decoder)
 
 
+def test_no_rows_of_a_matrix_lie_whole_pages_of_memory_apart():
+    model = language_model("llama", {"intermediate_size": 1024})
+    linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    before = {name: each.weight.clone() for name, each in linear.items()}
+    walk(decoder_for(model))
+    for name, each in linear.items():
+        assert torch.equal(each.weight, before[name])
+        assert each.weight.stride(0) == 1 and each.weight.stride(1) % 1024, name
+
+
 def test_a_step_is_few_operations(llama):
     """Speed is arithmetic and the number of operations around it; the number is the same on every machine."""
     lean = decoder_for(llama.model)

@@ -3,9 +3,7 @@
 Stage 1 trains refinement and connector, stage 2 the language model too. Finished stages are skipped, others resume.
 """
 
-import ctypes
 import logging
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from regiongpt.data.shards import Mixture, open_mixture
-from regiongpt.environment import Processes, connect
+from regiongpt.environment import Processes, connect, keep_freed_memory
 from regiongpt.errors import CheckpointError, ConfigError, DataError
 from regiongpt.images import load_image
 from regiongpt.model import weights
@@ -277,15 +275,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     )
     fast.chat_template = chat_template("plain")
     return fast
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: activations are otherwise mapped anew for every layer, at twice the time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 # -- what learns -------------------------------------------------------------------------------------------------------
