@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from conversations import Conversation, ConversationSampler, of_blank
 from features import FeatureStore, blurred, plan_views
-from naming import Words
+from naming import Namer
 from recipe import FeatureConfig
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from regiongpt.data.coco import ImageAnnotations
@@ -50,7 +51,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         group: Images in a group; the size of a micro-batch.
         isolated_share: Share of the conversations whose turns do not see each other.
         image_grid: Rows and columns of the image tokens.
-        words: What to call objects; any by its class when None.
+        namer: Says what to call objects; any by its class when None.
         blur: As :func:`features.blurred` takes it, for the image's features and the crops'.
     """
 
@@ -66,13 +67,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         group: int,
         isolated_share: float,
         image_grid: tuple[int, int],
-        words: Words | None = None,
+        namer: Namer | None = None,
         blur: float = 0.0,
     ) -> None:
         self.images, self.store, self.sampler, self.processor = images, store, sampler, processor
         self.features, self.seed, self.items = features, seed, items
         self.group, self.isolated_share = group, isolated_share
-        self.image_grid, self.words, self.blur = image_grid, words, blur
+        self.image_grid, self.namer, self.blur = image_grid, namer, blur
         self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
@@ -86,19 +87,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         example: dict[str, Any] = self.processor.encode_conversation(
             conversation.messages, regions=conversation.regions, image_size=(round(view.width), round(view.height))
         )
-        seen = self.store.row(index, number) if features is None else features
-        example["vision_features"] = blurred(seen, self.blur, self.seed, 13, item)
+        example["vision_features"] = self.features_of(item, index, number, features)
         classes = [COCO_80.index(name) for name in conversation.categories]
         example["region_classes"] = torch.tensor(classes, dtype=torch.long)
         example["cell_classes"] = torch.from_numpy(shown_in_cells(view, self.image_grid))
-        if self.store.crops is not None and conversation.objects:
-            image = self.images[index].image_id
-            rows = np.stack([self.store.crops[image, each] for each in conversation.objects]).astype(np.float32)
-            of = (self.seed, 19, item)
-            crops = torch.stack([blurred(each, self.blur, *of, k) for k, each in enumerate(torch.from_numpy(rows))])
+        if conversation.objects and (crops := self.crops_of(item, index, conversation.objects)) is not None:
             if features is not None:  # of a blank image every crop looks alike
-                crops[:] = features[: crops.shape[1]].mean((1, 2))
-            crops[torch.tensor([self.without_crop(item, each) for each in conversation.objects])] = 0
+                crops[crops.any(1)] = features[: crops.shape[1]].mean((1, 2))
             example["region_crops"] = crops
         if features is not None:
             example["region_classes"].fill_(-1)
@@ -125,13 +120,27 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         number = (epoch + index) % self.features.views
         view = plan_views(self.images[index], self.store.place(index), self.features)[number]
         words = None
-        if self.words is not None:
-            words = {}
-            for each in view.askable:
-                spoken = self.words.fast if self.without_crop(item, each.id) else self.words.careful
-                if word := spoken.get((self.images[index].image_id, each.id)):
-                    words[each.id] = word
+        if self.namer is not None:
+            ids = [each.id for each in view.askable]
+            seen, crops = self.features_of(item, index, number), self.crops_of(item, index, ids)
+            words = self.namer.words(view, seen, crops, [not self.without_crop(item, each) for each in ids])
         return index, number, view, self.sampler.sample(view, self.store.colours[index], self.seed, index, epoch, words)
+
+    def features_of(self, item: int, index: int, number: int, instead: Tensor | None = None) -> Tensor:
+        """Features (C, h, w) of a view, or of another image ``instead``, blurred for this item."""
+        seen = self.store.row(index, number) if instead is None else instead
+        return blurred(seen, self.blur, self.seed, 13, item)
+
+    def crops_of(self, item: int, index: int, ids: Sequence[int]) -> Tensor | None:
+        """Features (N, C) of some objects' crops, blurred for this item; 0 for those that go without a second look."""
+        if self.store.crops is None or not ids:
+            return None
+        image = self.images[index].image_id
+        rows = [torch.from_numpy(self.store.crops[image, each].astype(np.float32)) for each in ids]
+        of = [(self.seed, 19, item, abs(each)) for each in ids]
+        crops = torch.stack([blurred(row, self.blur, *each) for row, each in zip(rows, of, strict=True)])
+        crops[torch.tensor([self.without_crop(item, each) for each in ids])] = 0
+        return crops
 
     def without_crop(self, item: int, annotation: int) -> bool:
         """Whether an object goes without a second look."""

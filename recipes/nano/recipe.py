@@ -12,7 +12,7 @@ from regiongpt.prompts import COMMON, QUESTIONS
 from regiongpt.settings import Settings, nearest
 from regiongpt.train.recipe import DataConfig, ModelConfig, Recipe, Seed, Share, Size, StageConfig
 
-NanoStep = Literal["language", "align", "stage1", "stage2"]
+NanoStep = Literal["language", "align", "stage1", "stage2", "polish"]
 
 RECIPE = Path(__file__).with_name("nano.toml")
 
@@ -107,14 +107,14 @@ class NanoStageConfig(StageConfig):
 
 
 class NanoRecipe(Recipe):
-    """A training run: language model, alignment, stage 1 and stage 2."""
+    """A training run: language model, alignment, stage 1, stage 2 and polish."""
 
     all_steps: ClassVar[tuple[str, ...]] = get_args(NanoStep)
 
     out: Path = Path("runs/nano")
     """Folder of the run: feature cache, checkpoints, reports and the finished model."""
     steps: tuple[NanoStep, ...] = ()  # type: ignore[assignment]
-    """Steps to run, of ``language``, ``align``, ``stage1`` and ``stage2``; all when empty."""
+    """Steps to run, of ``language``, ``align``, ``stage1``, ``stage2`` and ``polish``; all when empty."""
     isolated_share: Share = 0.8
     """Share of the conversations whose turns do not attend to each other."""
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -131,6 +131,8 @@ class NanoRecipe(Recipe):
     """Refinement and connector; the language model is frozen."""
     stage2: NanoStageConfig = NanoStageConfig()
     """Refinement, connector and language model."""
+    polish: NanoStageConfig = NanoStageConfig()
+    """The same, a little longer: sentences name what the model of stage 2 can tell."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""nano's steps, in order: the language model, the start, features, alignment, and the two stages of the paper."""
+"""nano's steps, in order: language model, start, features, alignment, the two stages of the paper, and polish."""
 
 import logging
 import multiprocessing
@@ -17,7 +17,7 @@ from alignment import ClassWords, Marks, compare_at_first, stand_in_loss, visual
 from conversations import ConversationSampler
 from dataset import EXTRAS, ConversationDataset
 from features import FeatureStore, build_features
-from naming import Words, words_of
+from naming import Namer
 from pooled import pool, train_pooled
 from reading import language_of, reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import NanoRecipe, NanoStageConfig
@@ -90,17 +90,20 @@ def _train(config: NanoRecipe) -> Path:
             stage: NanoStageConfig = getattr(config, name)
             grid = model.config.image_grid
             words = ClassWords(processor.tokenizer, sampler.statistics.boxes)
-            asking, spoken = sampler, None
-            learned, rows = (images, store) if name == "stage2" else (earlier, earlier_store)
+            asking, namer = sampler, None
+            whole_data = name in ("stage2", "polish")
+            learned, rows = (images, store) if whole_data else (earlier, earlier_store)
             if name == "align" and stage.pooled_epochs:
                 pooled = pool(learned, rows, model, config.features)
                 train_pooled(model, words, pooled, stage, stage.pooled_epochs, config.seed)
-            if name == "stage2" and config.sure:
-                held = {image.image_id for image in images[::HELD]}
-                spoken = words_of(images, store, model, processor, words, config.sure, held, stage.blur)
-                asking = replace(sampler, statistics=replace(sampler.statistics, confused=spoken.confused))
+            if name == "polish":
+                model.language_model.requires_grad_(not config.lora.rank)
+            if whole_data and config.sure:
+                namer = Namer(model, processor, words)
+                namer.measure(images, store, config.sure, {image.image_id for image in images[::HELD]}, stage.blur)
+                asking = replace(sampler, statistics=replace(sampler.statistics, confused=namer.confused))
             return {
-                "dataset": conversations_of(config, stage, learned, rows, asking, processor, grid, spoken),
+                "dataset": conversations_of(config, stage, learned, rows, asking, processor, grid, namer),
                 "collate": DataCollator(processor, EXTRAS),
                 "loss": partial(visual_loss, words, stage.alignment, name != "align"),
                 "dev": dev_conversations(config, sampler, model, processor),
@@ -172,12 +175,12 @@ def conversations_of(
     sampler: ConversationSampler,
     processor: Any,
     grid: tuple[int, int],
-    words: Words | None,
+    namer: Namer | None,
 ) -> ConversationDataset:
     """The conversations of a stage, all its epochs."""
     items = max(1, round(stage.epochs * len(images)))
     shape = (config.features, config.seed, items, stage.micro_batch_size, config.isolated_share, grid)
-    return ConversationDataset(images, store, sampler, processor, *shape, words, stage.blur)
+    return ConversationDataset(images, store, sampler, processor, *shape, namer, stage.blur)
 
 
 def dev_conversations(

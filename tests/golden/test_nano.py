@@ -7,13 +7,12 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,14 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "nano"))
 
 from dataset import EXTRAS
-from naming import Words
 from reading import reading_of, sampler_of, texts_of, tokenizer_of
 from recipe import RECIPE, NanoRecipe
 from steps import conversations_of, debug_size, train
 from test_kept_values import DATA
 
 from regiongpt.data.coco import load_coco, photo_sources
-from regiongpt.data.facts import COLOURS, OBJECT
+from regiongpt.data.facts import COLOURS, OBJECT, View
 from regiongpt.model import weights
 from regiongpt.train.dataset import DataCollator
 
@@ -65,6 +63,11 @@ def kept_of(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, list[Any]]:
     return found
 
 
+def objects_of(view: View, features: Any, crops: Any, careful: Sequence[bool]) -> dict[int, str]:
+    """Stands for what a model makes of a view."""
+    return {o.id: OBJECT for o, second in zip(view.askable, careful, strict=True) if o.id % 3 == 0 and not second}
+
+
 def batches() -> dict[str, dict[str, list[Any]]]:
     """What is kept of the batches of 200 steps; colours and features are made up, for they depend on pixels."""
     recipe = NanoRecipe.load(RECIPE, [f"--data.root={DATA}"])
@@ -89,9 +92,8 @@ def batches() -> dict[str, dict[str, list[Any]]]:
     steps = {"language": [read(step) for step in [*range(100), *range(600, 700)]]}
     for name, first in (("align", 0), ("stage2", 400)):
         stage, sampler = getattr(recipe, name), sampler_of(recipe, images)
-        spoken = {(i.image_id, o.id): OBJECT for i in images for o in i.objects if o.id % 3 == 0}
-        words = Words(spoken, {}, np.eye(80)) if name == "stage2" else None
-        data = conversations_of(recipe, stage, images, store, sampler, processor, model.config.image_grid, words)
+        namer: Any = SimpleNamespace(words=objects_of) if name == "stage2" else None
+        data = conversations_of(recipe, stage, images, store, sampler, processor, model.config.image_grid, namer)
         size = stage.batch_size
         steps[name] = [
             collate([data[k] for k in range(step * size, (step + 1) * size)]) for step in range(first, first + 200)

@@ -8,10 +8,11 @@ import torch
 from alignment import ClassWords
 from conversations import ClassStatistics, ConversationSampler
 from features import FeatureStore
-from naming import certainty, group_shares, words_of
+from naming import Namer, certainty, group_shares
 from pictures import annotated
 from test_dataset import nano_like  # noqa: F401  # a fixture
 
+from regiongpt.data.coco import ImageAnnotations
 from regiongpt.data.facts import GROUPS, OBJECT, UNKNOWN, View, read
 from regiongpt.prompts import COCO_80
 
@@ -51,22 +52,47 @@ def test_objects_are_called_by_their_words():
     assert {"animal", "car", "another"} <= seen
 
 
-@pytest.mark.parametrize("sure", [0.0, 0.5, 1.0])
-def test_the_words_of_objects_are_true_and_as_many_as_asked_for(nano_like, sure):  # noqa: F811
+@pytest.fixture
+def namer(nano_like) -> tuple[Namer, FeatureStore, list[ImageAnnotations]]:  # noqa: F811
+    """Of an untrained model, and one image of five objects."""
     model, processor = nano_like
     objects = [(name, (5 * k, 10, 5 * k + 30, 60)) for k, name in enumerate(("dog", "cat", "book", "dog", "car"))]
-    images = [annotated(*objects)]
     features = torch.randn(1, 1, 352 + 4 * 120 + 4 * 48 + 16, 2, 2, generator=torch.Generator().manual_seed(0))
     store = FeatureStore(features.half().numpy(), [{}])
-    found = words_of(images, store, model, processor, ClassWords(processor.tokenizer), sure, {1})
-    assert found.fast == found.careful
-    rows = found.confused.sum(1)
+    return Namer(model, processor, ClassWords(processor.tokenizer)), store, [annotated(*objects)]
+
+
+@pytest.mark.parametrize("sure", [0.0, 0.5, 1.0])
+def test_the_words_of_objects_are_true_and_as_many_as_asked_for(namer, sure):
+    says, store, (image,) = namer
+    says.measure([image], store, sure, {1})
+    view = View(image)
+    spoken = says.words(view, store.row(0, 0), None, [False] * len(view.askable))
+    assert spoken == says.words(view, store.row(0, 0), None, [True] * len(view.askable))
+    rows = says.confused.sum(1)
     assert rows[COCO_80.index("dog")] == pytest.approx(1)
     assert rows[COCO_80.index("bus")] == 0
-    classes = {(1, each.id): each.category for each in images[0].objects}
-    assert all(word == OBJECT or classes[key] in GROUPS[word] for key, word in found.fast.items())
-    assert set(found.fast) <= set(classes)
-    assert len(found.fast) == 0 if sure == 0 else len(found.fast) > 0
+    classes = {each.id: each.category for each in image.objects}
+    assert all(word == OBJECT or classes[key] in GROUPS[word] for key, word in spoken.items())
+    assert set(spoken) <= set(classes)
+    assert len(spoken) == 0 if sure == 0 else len(spoken) > 0
+
+
+def test_words_follow_what_is_seen_and_the_model_as_it_was(namer, nano_like):  # noqa: F811
+    says, store, (image,) = namer
+    view, features = View(image), store.row(0, 0)
+    before = says.shares(view, features, None)
+    assert not np.allclose(before, says.shares(view, 3 * features.flip(0), None))
+    parameter = next(iter(nano_like[0].connector.parameters()))
+    kept = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.add_(1.0)
+    assert np.array_equal(before, says.shares(view, features, None))
+    with torch.no_grad():
+        parameter.copy_(kept)
+    says.least = [(2.0, 2.0), (0.0, 0.0)]
+    spoken = says.words(view, features, None, [False, True, False, True, True])
+    assert list(spoken) == [each.id for each, second in zip(view.askable, (0, 1, 0, 1, 1), strict=True) if not second]
 
 
 def test_what_is_taken_for_a_present_class_is_asked_about_and_yes_as_often_as_set():

@@ -35,6 +35,9 @@ SMALL = {
     "stage2.micro_batch_size": 4,
     "stage2.save_steps": 1,
     "stage2.log_steps": 1,
+    "polish.epochs": 2,
+    "polish.micro_batch_size": 4,
+    "polish.log_steps": 1,
 }
 
 
@@ -59,34 +62,33 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    assert train(NanoRecipe.load(RECIPE, overrides(pictures, out))) == out / "stage2" / "model"
+    assert train(NanoRecipe.load(RECIPE, overrides(pictures, out))) == out / "polish" / "model"
     return out
 
 
 def test_each_stage_changes_what_it_should_and_the_tower_stays_to_the_bit(run):
-    folders = ("start", "align/model", "stage1/model", "stage2/model")
+    folders = ("start", "align/model", "stage1/model", "stage2/model", "polish/model")
     states = [tensors(run / folder) for folder in folders]
     learning = ("connector.linear", "refinement")
-    for learns, before, after in zip(
-        (learning, learning, (*learning, "language_model")), states[:-1], states[1:], strict=True
-    ):
+    whole = (*learning, "language_model")
+    for learns, before, after in zip((learning, learning, whole, whole), states[:-1], states[1:], strict=True):
         for name, value in before.items():
             assert torch.equal(value, after[name]) != name.startswith(learns), name
 
 
 def test_the_finished_model_answers(run, pictures):
-    predictor = RegionPredictor.from_pretrained(run / "stage2" / "model")
+    predictor = RegionPredictor.from_pretrained(run / "polish" / "model")
     predictor.set_image(pictures / "images" / "1.png")
     assert isinstance(predictor.ask("What is <region1>?", [Region.box(4, 4, 30, 40)]).text, str)
 
 
 def test_a_finished_run_is_not_run_again_and_says_so(run, pictures, caplog):
-    before = (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
+    before = (run / "polish" / "model" / "model.safetensors").stat().st_mtime_ns
     with caplog.at_level("INFO"):
         train(NanoRecipe.load(RECIPE, [*overrides(pictures, run), "--seed=9"]))
-    for step in ("language", "align", "stage1", "stage2"):
+    for step in ("language", "align", "stage1", "stage2", "polish"):
         assert f"{step}: already finished, in {run}" in caplog.text
-    assert (run / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert (run / "polish" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
@@ -102,8 +104,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, pictures, tmp_path):
     process.wait()
     assert not (tmp_path / "run" / "stage2" / "model").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout.strip() == str(tmp_path / "run" / "stage2" / "model")
-    expected, got = tensors(run / "stage2" / "model"), tensors(tmp_path / "run" / "stage2" / "model")
+    assert again.stdout.strip() == str(tmp_path / "run" / "polish" / "model")
+    expected, got = tensors(run / "polish" / "model"), tensors(tmp_path / "run" / "polish" / "model")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -123,7 +125,8 @@ def test_the_language_model_alone_makes_no_features_and_the_steps_make_the_whole
     assert main([*words, "--steps=stage2"]) == 2
     assert main([*words, "--steps=align,stage1"]) == 0
     assert main([*words, "--steps=stage2"]) == 0
-    ours, theirs = (tensors(out / "stage2" / "model") for out in (tmp_path, run))
+    assert main([*words, "--steps=polish"]) == 0
+    ours, theirs = (tensors(out / "polish" / "model") for out in (tmp_path, run))
     assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
