@@ -73,9 +73,9 @@ SCENES = (
         regions=(SPOON, CUP),
         questions=(name_it(1), "What colour is <region1>?", question("relation", regions=[1, 2])),
         locate="the cup",
-        limits="LIMITS: [1] is a spoon, not a cup; the cup is [2]. The cat and the cup it describes as objects only. "
-        "It sees a bed beside the cat and a chair beside the astronaut, if asked. Colours, numbers and relations are "
-        "not known.",
+        limits="LIMITS: [1] is a spoon; it is called a cup and taken for 'the cup', which is [2]. If asked, the model "
+        "sees an umbrella and a chair beside the astronaut, and a person and a bicycle beside the motorcycle. Colours, "
+        "numbers and relations are not known.",
     ),
 )
 

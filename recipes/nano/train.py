@@ -10,6 +10,7 @@ its result is there:
 3. align: refinement and connector learn to write a region's class as the language model's own word
 4. stage1: refinement and connector learn, the language model is frozen (paper §3.2, pre-training)
 5. stage2: refinement, connector and language model learn (paper §3.2, fine-tuning)
+6. polish: stage 2 a little longer, when sentences may name what it has learned to tell
 """
 
 import argparse
