@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.environment import keep_freed_memory, progress, progress_shown
+from regiongpt.environment import progress, progress_shown
 from regiongpt.inference.choices import answer_scores
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
 from regiongpt.inference.options import Options
@@ -410,7 +410,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    keep_freed_memory()  # as the command line does
     try:
         run(parse(argv))
     except RegionGPTError as error:

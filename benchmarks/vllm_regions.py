@@ -25,7 +25,6 @@ from PIL import Image
 from stamp import stamp
 
 from regiongpt import Region, RegionGPTError, RegionPredictor
-from regiongpt.environment import keep_freed_memory
 from regiongpt.inference.engine import Engine, pick_device, pick_dtype, question_turns
 from regiongpt.inference.options import Options
 from regiongpt.inference.scheduler import Scheduler
@@ -163,7 +162,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    keep_freed_memory()  # as the command line does
     try:
         run(parse(argv))
     except RegionGPTError as error:
